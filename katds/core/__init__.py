@@ -1,0 +1,1 @@
+"""Pure algorithm: torch and the standard library only, no device, no process, no model library."""

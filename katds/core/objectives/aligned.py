@@ -1,0 +1,39 @@
+"""What all objectives share: reading the teacher's signal row by row, and the sums they report."""
+
+from __future__ import annotations
+
+import torch
+
+from katds.core.divergences import entropy
+from katds.core.types import Field, Signal, require
+
+
+def aligned(signal: Signal, key: Field, logprobs_TV: torch.Tensor) -> torch.Tensor:
+    """The tensor under `key`, with one row per row of the tile.
+
+    gather and broadcasting accept too few rows silently; a token would then be trained on another token's teacher.
+
+    Raises:
+        KeyError: the signal lacks `key`.
+        ValueError: the number of rows differs.
+    """
+    tensor = require(signal, key)
+    if tensor.shape[0] != logprobs_TV.shape[0]:
+        raise ValueError(f"the teacher signal {key.value!r} has {tensor.shape[0]} rows for {logprobs_TV.shape[0]} tokens")
+    return tensor
+
+
+def gathered(logprobs_TV: torch.Tensor, ids_TK: torch.Tensor) -> torch.Tensor:
+    """logprobs[t, ids[t, k]], [T, K]; ids of any integer type."""
+    return logprobs_TV.gather(-1, ids_TK.long())
+
+
+def sums(divergence_T: torch.Tensor, logprobs_TV: torch.Tensor) -> dict[str, torch.Tensor]:
+    """{"loss", "kl", "entropy"} of an objective that is a divergence: `kl` is the loss's value, `entropy` the student's."""
+    loss = divergence_T.sum()
+    return {"loss": loss, "kl": loss.detach(), "entropy": student_entropy(logprobs_TV)}
+
+
+def student_entropy(logprobs_TV: torch.Tensor) -> torch.Tensor:
+    """Detached sum over tokens [nats]; two passes over the tile, small against the three products with the head's weight."""
+    return entropy(logprobs_TV.detach()).sum()

@@ -1,0 +1,54 @@
+"""Forward KL(q || p): covers the teacher's modes; with GKD (arXiv 2306.13649) the loss of beta = 0."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from katds.core.divergences import forward_kl, top_k_tail_forward_kl
+from katds.core.objectives.aligned import aligned, gathered, sums
+from katds.core.types import Field, Need, Signal
+
+SUPPORTS = {
+    "teacher_top_k": frozenset({Need.TEACHER_TOP_K}),
+    "full": frozenset({Need.FULL}),
+}
+
+
+class ForwardKl:
+    """sum_t KL(q_t || p_t), differentiated through p, over the teacher's top K plus a tail bucket or over the vocabulary.
+
+    Raises:
+        ValueError: an unknown support.
+    """
+
+    def __init__(self, support: str) -> None:
+        if support not in SUPPORTS:
+            raise ValueError(
+                f"objective.support is {support!r}; choose one of {sorted(SUPPORTS)}. The student's top k is not offered (forward KL has "
+                "its weight where the teacher has its mass), nor a top-k sum without the tail bucket (biased)."
+            )
+        self.support = support
+        self.needs = SUPPORTS[support]
+
+    def tile(self, logprobs_TV: torch.Tensor, actions_T: torch.Tensor, signal: Signal) -> dict[str, torch.Tensor]:
+        """{"loss", "kl" (its value), "entropy" (of the student)}; see `Objective.tile`."""
+        if self.support == "full":
+            divergence_T = forward_kl(logprobs_TV, aligned(signal, Field.TEACHER_LOGPROBS, logprobs_TV))
+        else:
+            ids_TK = aligned(signal, Field.TEACHER_TOP_IDS, logprobs_TV)
+            teacher_TK = aligned(signal, Field.TEACHER_TOP, logprobs_TV)
+            divergence_T = top_k_tail_forward_kl(gathered(logprobs_TV, ids_TK), teacher_TK)
+        return sums(divergence_T, logprobs_TV)
+
+
+class Settings(Protocol):
+    """The part of the recipe that is read here."""
+
+    @property
+    def support(self) -> str: ...
+
+
+def build(settings: Settings) -> ForwardKl:
+    return ForwardKl(settings.support)

@@ -1,0 +1,56 @@
+"""Reverse KL(p || q): the loss of on-policy distillation (KAT, arXiv 2606.09471)."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from katds.core.divergences import reverse_kl, top_k_tail_reverse_kl
+from katds.core.objectives.aligned import aligned, gathered, sums
+from katds.core.types import Field, Need, Signal
+
+SUPPORTS = {
+    "student_top_k": frozenset({Need.STUDENT_TOP_K}),
+    "full": frozenset({Need.FULL}),
+}
+
+
+class ReverseKl:
+    """sum_t KL(p_t || q_t), differentiated through p, over the student's top K plus a tail bucket or over the vocabulary.
+
+    The K tokens are those that were the student's most probable ones when the rollout was written: p is read at the ids in the signal.
+
+    Raises:
+        ValueError: an unknown support.
+    """
+
+    def __init__(self, support: str) -> None:
+        if support not in SUPPORTS:
+            raise ValueError(
+                f"objective.support is {support!r}; choose one of {sorted(SUPPORTS)}. A top-k sum without the tail bucket is "
+                "not offered: it is biased and its gradient moves mass out of the top k."
+            )
+        self.support = support
+        self.needs = SUPPORTS[support]
+
+    def tile(self, logprobs_TV: torch.Tensor, actions_T: torch.Tensor, signal: Signal) -> dict[str, torch.Tensor]:
+        """{"loss", "kl" (its value), "entropy" (of the student)}; see `Objective.tile`."""
+        if self.support == "full":
+            divergence_T = reverse_kl(logprobs_TV, aligned(signal, Field.TEACHER_LOGPROBS, logprobs_TV))
+        else:
+            ids_TK = aligned(signal, Field.STUDENT_TOP_IDS, logprobs_TV)
+            teacher_TK = aligned(signal, Field.STUDENT_TOP, logprobs_TV)
+            divergence_T = top_k_tail_reverse_kl(gathered(logprobs_TV, ids_TK), teacher_TK)
+        return sums(divergence_T, logprobs_TV)
+
+
+class Settings(Protocol):
+    """The part of the recipe that is read here."""
+
+    @property
+    def support(self) -> str: ...
+
+
+def build(settings: Settings) -> ReverseKl:
+    return ReverseKl(settings.support)

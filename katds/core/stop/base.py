@@ -1,0 +1,52 @@
+"""The contract of a stop rule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from katds.core.collective import Collective
+from katds.core.types import Cut, RolloutRequest, StopReason
+
+
+class StopRule(Protocol):
+    """Decides, chunk by chunk, whether a rollout that is being written shall end.
+
+    Life of a rollout: `begin`, then `observe` for every chunk, then `end`. All three are local and deterministic; they must not depend on
+    how the tokens are split into chunks. Only `finish_step` communicates.
+    """
+
+    reason: StopReason | None
+    needs_divergence: bool
+
+    def begin(self, request: RolloutRequest) -> None:
+        """A rollout starts; the rule makes its O(1) state."""
+        ...
+
+    def observe(self, request: RolloutRequest, divergences: Sequence[float]) -> Cut | None:
+        """Per-token divergences d_t [nats] of the next tokens; rules that need none read only their number.
+
+        Returns the first cut that the rule makes, once, and None before and after. For a rollout that is not in the
+        audit group nothing that follows the cut's `at` may change the rule's state: those tokens would not exist with
+        smaller chunks. An audit rollout keeps being observed to its end.
+        """
+        ...
+
+    def end(self, request: RolloutRequest, terminated: bool) -> None:
+        """The rollout is complete (`terminated`: by this rule)."""
+        ...
+
+    def finish_step(self, collective: Collective, first_id: int, count: int) -> None:
+        """Collective: all rollouts with ids first_id .. first_id + count - 1 are complete, each on one rank. Prepares the next step
+        identically on all ranks."""
+        ...
+
+    def metrics(self) -> Mapping[str, float]:
+        """Scalars for the monitor, identical on all ranks."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs, as JSON-compatible values, identical on all ranks."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...

@@ -1,0 +1,197 @@
+"""KAT: end a rollout that has fallen into a low-KL agreement trap (arXiv 2606.09471).
+
+In the trap the student has drifted into an unrecoverable prefix, the teacher agrees with the degraded text token by
+token, and nothing is learned. The detector sees it as several consecutive windows with a low mean divergence.
+
+Invariants:
+- Cuts and minima do not depend on how a rollout is split into chunks, to the last bit.
+- Every cut keeps at least `min_kept` tokens.
+- After `finish_step` all ranks hold the same threshold, whatever their number and whoever wrote which rollout.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
+from typing import Any, Literal, get_args
+
+import torch
+
+from katds.core.collective import Collective
+from katds.core.threshold import AdaptiveThreshold
+from katds.core.types import Cut, RolloutRequest, StopReason
+from katds.errors import DesyncError
+
+Source = Literal["audit", "completed", "all"]
+
+
+class WindowMeans:
+    """Streamed means z_t of the last `window` divergences, for t = window, window + stride, ...
+
+    A running sum that subtracts what leaves the window keeps the rounding error of every large value it has seen. Here
+    nothing is subtracted: a window is the end of the previous block of `window` tokens plus the beginning of the
+    current one. The block's suffix sums are made when it is complete and lie in the ring where its values lay, each
+    overwritten once it is out of every coming window.
+
+    Memory: `window` floats. Cost: O(1) per token, amortised; measured 0.07 us, with stride 1 0.12 us.
+    """
+
+    __slots__ = ("_filled", "_prefix", "_ring", "_stride", "_window", "tokens")
+
+    def __init__(self, window: int, stride: int) -> None:
+        self._window = window
+        self._stride = stride
+        self._ring = [0.0] * window  # [: _filled] values of the current block, [_filled :] suffix sums of the previous
+        self._filled = 0
+        self._prefix = 0.0  # sum of the current block's values
+        self.tokens = 0
+
+    def feed(self, divergences: Sequence[float]) -> Iterator[tuple[int, float]]:
+        """Yield (t, z_t) of each window that the next tokens complete; t counts tokens from 1, z_t in nats.
+
+        To be exhausted, unless this object is not used again. Raises FloatingPointError where a divergence is not
+        finite: a window with a hole would neither be low nor be noticed.
+        """
+        window, stride, ring = self._window, self._stride, self._ring
+        filled, prefix = self._filled, self._prefix
+        t, first = self.tokens, self.tokens + 1
+        due = max(window, first + (window - first) % stride)
+        for t, divergence in enumerate(divergences, first):
+            prefix += divergence
+            ring[filled] = divergence
+            filled += 1
+            if filled == window:
+                _check_finite(prefix, t)
+                ring[:] = reversed(list(accumulate(reversed(ring))))
+                filled, prefix = 0, 0.0
+            if t == due:
+                due += stride
+                yield t, (prefix + ring[filled]) / window
+        _check_finite(prefix, t)
+        self._filled, self._prefix, self.tokens = filled, prefix, t
+
+
+class _Track:
+    """What the rule remembers of a rollout that is being written."""
+
+    __slots__ = ("cut", "low", "means", "minimum")
+
+    def __init__(self, means: WindowMeans) -> None:
+        self.means = means
+        self.low = 0  # consecutive low windows
+        self.minimum = math.inf  # over the evaluated windows; inf: there was none
+        self.cut: Cut | None = None
+
+
+class KatRule:
+    """Ends a rollout at the `persistence`-th consecutive low window and keeps what precedes the first of them.
+
+    Args:
+        window: W, tokens per window.
+        stride: tokens between two windows.
+        persistence: T, consecutive low windows that fire.
+        min_kept: L0; a window that starts before this token is never low.
+        threshold: s; a window is low if its mean is smaller. None: no window is.
+        source: whose minima feed the threshold: `audit` rollouts only, `completed` (all that this rule did not end),
+            or `all`.
+    """
+
+    reason: StopReason | None = StopReason.KAT
+    needs_divergence = True
+
+    def __init__(
+        self, window: int, stride: int, persistence: int, min_kept: int, threshold: AdaptiveThreshold, source: Source
+    ) -> None:
+        smallest = min(window, stride, persistence)
+        assert smallest >= 1, f"window {window}, stride {stride}, persistence {persistence}: each is at least 1"
+        assert min_kept >= 0, f"min_kept {min_kept} is negative"
+        assert source in get_args(Source), f"threshold source {source!r} is none of {get_args(Source)}"
+        self._window = window
+        self._stride = stride
+        self._persistence = persistence
+        self._first_low = min_kept + window  # the first t whose window may be low
+        self._run_tokens = window + (persistence - 1) * stride  # from the first low window's start to the last's end
+        self._threshold = threshold
+        self._source = source
+        self._tracks: dict[int, _Track] = {}
+        self._minima: dict[int, float] = {}  # of this rank's admitted rollouts of the step, by rollout id
+        self._pushed_mean: float | None = None
+
+    @classmethod
+    def from_settings(cls, settings: Any, seed: int, source: Source) -> KatRule:
+        """From the recipe's `stop` section; `source` is the resolved `stop.threshold.source`; `seed` is unused."""
+        queue = settings.threshold
+        threshold = AdaptiveThreshold(queue.eta, queue.capacity, queue.min_entries, queue.min_steps)
+        stride, min_kept = settings.resolved_stride, settings.resolved_min_kept
+        return cls(settings.window, stride, settings.persistence, min_kept, threshold, source)
+
+    def begin(self, request: RolloutRequest) -> None:
+        assert request.id not in self._tracks, f"rollout {request.id} has begun already"
+        self._tracks[request.id] = _Track(WindowMeans(self._window, self._stride))
+
+    def observe(self, request: RolloutRequest, divergences: Sequence[float]) -> Cut | None:
+        track = self._tracks[request.id]
+        if track.cut is not None and not request.audit:
+            return None
+        threshold = -math.inf if self._threshold.value is None else self._threshold.value
+        made = None
+        for t, mean in track.means.feed(divergences):
+            if mean < track.minimum:
+                track.minimum = mean
+            track.low = track.low + 1 if mean < threshold and t >= self._first_low else 0
+            if track.low == self._persistence and track.cut is None:
+                made = track.cut = Cut(kept=t - self._run_tokens, at=t)
+                if not request.audit:
+                    break
+        return made
+
+    def end(self, request: RolloutRequest, terminated: bool) -> None:
+        assert not (terminated and request.audit), f"rollout {request.id} is in the audit group but was terminated"
+        track = self._tracks.pop(request.id)
+        admitted = self._source == "all" or (request.audit if self._source == "audit" else not terminated)
+        if admitted and track.minimum < math.inf:
+            self._minima[request.id] = track.minimum
+
+    def finish_step(self, collective: Collective, first_id: int, count: int) -> None:
+        """Collective: one sum of [2, count] float64, a minimum and a presence per rollout; pushed in id order."""
+        assert not self._tracks, f"rollouts {sorted(self._tracks)[:8]} have not ended"
+        own = torch.zeros(2, count, dtype=torch.float64)
+        for rollout_id, minimum in self._minima.items():
+            i = rollout_id - first_id
+            assert 0 <= i < count, f"rollout {rollout_id} is not of this step ({first_id} + {count})"
+            own[0, i], own[1, i] = minimum, 1.0
+        self._minima.clear()
+        minima, presence = collective.sum(own).tolist()
+        pushed = []
+        for rollout_id, (minimum, ranks) in enumerate(zip(minima, presence, strict=True), first_id):
+            if ranks not in (0.0, 1.0) or not math.isfinite(minimum):
+                raise DesyncError(
+                    f"rollout {rollout_id} came to the KAT threshold from {ranks:g} ranks with minimum {minimum}; "
+                    "each rollout belongs to one rank and its minimum is finite"
+                )
+            if ranks:
+                pushed.append(minimum)
+        self._threshold.push(pushed)
+        self._threshold.finish_step()
+        self._pushed_mean = math.fsum(pushed) / len(pushed) if pushed else None
+
+    def metrics(self) -> Mapping[str, float]:
+        """`kat/entries`, `kat/threshold` [nats] once warm, and `kat/min_window` [nats], the mean of the last minima."""
+        scalars = {"kat/threshold": self._threshold.value, "kat/min_window": self._pushed_mean}
+        return {"kat/entries": float(self._threshold.entries)} | {k: v for k, v in scalars.items() if v is not None}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Between steps only: rollouts in flight are not part of the state."""
+        assert not self._tracks and not self._minima, "the state of KAT is saved between steps"
+        return self._threshold.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._threshold.load_state_dict(state)
+
+
+def _check_finite(total: float, t: int) -> None:
+    if not math.isfinite(total):
+        raise FloatingPointError(
+            f"a divergence at or before token {t} of a rollout is not finite (sum {total}); look at both models' logits"
+        )

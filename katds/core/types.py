@@ -1,0 +1,123 @@
+"""The few types that travel between prompts, rollout engine, stop rule and learner.
+
+Shape legend of the whole project: S slot, C position in a chunk, T packed token, V vocabulary, K top-k, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NamedTuple
+
+import torch
+
+
+class StopReason(StrEnum):
+    """Why a rollout ended; mirrored as the metrics `stop/<reason>`."""
+
+    EOS = "eos"  # the student wrote an end token
+    LENGTH = "length"  # the response reached its maximum length
+    KAT = "kat"
+    PREFIX = "prefix"
+    RANDOM = "random"
+
+
+class Need(StrEnum):
+    """What an objective asks of the teacher at every response position."""
+
+    SAMPLED = "sampled"  # log q of the sampled token
+    STUDENT_TOP_K = "student_top_k"  # log q at the student's K most probable tokens
+    TEACHER_TOP_K = "teacher_top_k"  # the teacher's K most probable tokens with their log q
+    ENTROPY = "entropy"  # entropy of q
+    FULL = "full"  # q over the whole vocabulary, kept as hidden states and unrolled tile by tile
+
+
+class Field(StrEnum):
+    """Keys of a teacher signal. Every tensor's first axis is the response token."""
+
+    SAMPLED = "sampled"  # [T] float32
+    STUDENT_TOP_IDS = "student_top_ids"  # [T, K] int32
+    STUDENT_TOP = "student_top"  # [T, K] float32, teacher log-probabilities at STUDENT_TOP_IDS
+    TEACHER_TOP_IDS = "teacher_top_ids"  # [T, K] int32
+    TEACHER_TOP = "teacher_top"  # [T, K] float32
+    ENTROPY = "entropy"  # [T] float32, nats
+    HIDDEN = "hidden"  # [T, H] the teacher's last hidden state
+    TEACHER_LOGPROBS = "teacher_logprobs"  # [T, V] float32, exists only inside one vocabulary tile
+
+
+Signal = Mapping[Field, torch.Tensor]
+
+
+def require(signal: Signal, key: Field) -> torch.Tensor:
+    """The tensor under `key`. A missing teacher score is an error, never a zero."""
+    if key not in signal:
+        raise KeyError(f"the teacher signal lacks {key.value!r}; it holds {sorted(k.value for k in signal)}")
+    return signal[key]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One row of the data set, rendered and tokenised."""
+
+    index: int
+    token_ids: tuple[int, ...]
+    answer: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutRequest:
+    """One rollout to be written. All ranks hold the same list of requests for a step.
+
+    `id` is unique in a run and names the rollout in sampling, in the audit group and in the threshold's queue, so that
+    none of them depends on the rank or slot that happens to write it.
+    """
+
+    id: int
+    prompt: Prompt
+    max_new_tokens: int
+    audit: bool = False
+
+
+class Cut(NamedTuple):
+    """Verdict of a stop rule: keep the first `kept` response tokens; it was known once `at` tokens were written."""
+
+    kept: int
+    at: int
+
+
+@dataclass(slots=True)
+class Rollout:
+    """A finished rollout.
+
+    `response_ids` holds what was written up to the end of the response (end token included) or, where a rule ended it,
+    up to `cut.at`. The loss reads the first `kept` tokens. An audit rollout runs to its natural end; `cut` then
+    says what the rule would have done, and `kept` follows it, so that the loss is the same with and without the audit.
+    """
+
+    request: RolloutRequest
+    response_ids: list[int]
+    kept: int
+    reason: StopReason
+    cut: Cut | None = None
+    divergences: list[float] = field(default_factory=list)
+
+    @property
+    def id(self) -> int:
+        return self.request.id
+
+    @property
+    def terminated(self) -> bool:
+        """Whether a stop rule, not the student, ended the rollout."""
+        return self.reason not in (StopReason.EOS, StopReason.LENGTH)
+
+
+@dataclass(slots=True)
+class RolloutBatch:
+    """The rollouts that one rank holds, with the teacher's signal for their kept tokens laid end to end.
+
+    `signal[key]` has sum(r.kept for r in rollouts) rows, in the order of `rollouts`.
+    """
+
+    rollouts: list[Rollout]
+    signal: dict[Field, torch.Tensor]
