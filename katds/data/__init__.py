@@ -1,0 +1,1 @@
+"""Prompts, chat templates, grading and the synthetic demo task."""

@@ -1,0 +1,173 @@
+"""Training and evaluation prompts: rendered, tokenised, and dealt out from an endless shuffled stream.
+
+Invariants: a batch is a pure function of (seed, cursor, count), so resuming needs only the number of prompts consumed;
+every epoch holds each prompt once.
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Iterator
+from difflib import get_close_matches
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from katds.config import DataConfig
+from katds.core.counter import key
+from katds.core.types import Prompt
+from katds.data.rows import read_rows
+from katds.errors import ConfigError, first_sentence
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BATCH_ROWS = 1000
+REMEDY_NO_TEMPLATE = "Set data.chat_template=false, or put a chat_template into the tokenizer"
+
+
+class PromptSet:
+    """Prompts with a stateless cursor.
+
+    Epoch e visits the prompts in the order of `counter.key(seed, e, index)`, smallest first: SplitMix64, so the order
+    never depends on a library's version.
+    """
+
+    def __init__(self, token_ids: list[array[int]], answers: list[str | None], *, seed: int, shuffle: bool) -> None:
+        assert len(token_ids) == len(answers) > 0, f"{len(token_ids)} prompts, {len(answers)} answers"
+        self._token_ids, self._answers = token_ids, answers
+        self._seed, self._shuffle = seed, shuffle
+        self._order = lru_cache(maxsize=2)(self._make_order)  # a batch touches at most few epochs, in order
+
+    def __len__(self) -> int:
+        return len(self._token_ids)
+
+    def __getitem__(self, index: int) -> Prompt:
+        return Prompt(index, tuple(self._token_ids[index]), self._answers[index])
+
+    def __iter__(self) -> Iterator[Prompt]:
+        return (self[index] for index in range(len(self)))
+
+    def batch(self, cursor: int, count: int) -> list[Prompt]:
+        """The prompts at positions cursor..cursor+count of the endless stream; may cross epochs."""
+        places = (divmod(position, len(self)) for position in range(cursor, cursor + count))
+        return [self[self._order(epoch)[offset]] for epoch, offset in places]
+
+    def steps_for(self, epochs: float, prompts_per_step: int) -> int:
+        """Steps that show every prompt at least `epochs` times; the last step may run into the next epoch."""
+        # Rounded, because 0.1 * 30 is a little more than 3.
+        return max(1, math.ceil(round(epochs * len(self), 6) / prompts_per_step))
+
+    def _make_order(self, epoch: int) -> array[int]:
+        indices = range(len(self))
+        return array(
+            "q", sorted(indices, key=lambda index: key(self._seed, epoch, index)) if self._shuffle else indices
+        )
+
+
+class _Item(NamedTuple):
+    place: str
+    prompt: str | list[dict[str, Any]]
+    answer: str | None
+
+
+def load_prompts(
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    data: DataConfig,
+    *,
+    seed: int = 0,
+    shuffle: bool | None = None,
+    limit: int | None = None,
+    field: str = "data.train",
+) -> PromptSet:
+    """Prompts of a file or folder. `shuffle` defaults to data.shuffle; `limit` takes the first rows.
+
+    `field` is the setting that named `path`, for errors. Raises ConfigError with file and line:
+    unreadable data, missing column or value, no chat template, prompt too long.
+    """
+    if data.chat_template and not tokenizer.chat_template:
+        raise ConfigError(f"data.chat_template is true, but the student's tokenizer has none. {REMEDY_NO_TEMPLATE}.")
+    items = _read(path, data, limit, field)
+    token_ids: list[array[int]] = []
+    for start in range(0, len(items), BATCH_ROWS):
+        token_ids += _tokenise(items[start : start + BATCH_ROWS], tokenizer, data)
+    shuffle = data.shuffle if shuffle is None else shuffle
+    return PromptSet(token_ids, [item.answer for item in items], seed=seed, shuffle=shuffle)
+
+
+def _read(path: Path, data: DataConfig, limit: int | None, field: str) -> list[_Item]:
+    items: list[_Item] = []
+    answered = data.answer_column is None
+    columns: dict[str, None] = {}
+    for place, row in read_rows(path, field):
+        if len(items) == limit:
+            break
+        if data.prompt_column not in row:
+            _no_column(place, "data.prompt_column", data.prompt_column, list(row), "")
+        answered = answered or data.answer_column in row
+        columns.update(dict.fromkeys(row))
+        items.append(_Item(place, _prompt(row[data.prompt_column], place, data), _answer(row, place, data)))
+    if not items:
+        raise ConfigError(f"{field} is {path}, which holds no rows. Give a file with at least one prompt.")
+    if not answered:
+        _no_column(str(path), "data.answer_column", str(data.answer_column), list(columns), ", or null for no answers")
+    return items
+
+
+def _no_column(place: str, field: str, name: str, found: list[str], more: str) -> None:
+    close = get_close_matches(name, found, 1)
+    remedy = f"Set {field}={close[0]}" if close else f"Set {field} to one of them"
+    columns = ", ".join(found) or "none"
+    raise ConfigError(f"{place} has no column {name!r} ({field}). Columns found: {columns}. {remedy}{more}.")
+
+
+def _prompt(value: Any, place: str, data: DataConfig) -> str | list[dict[str, Any]]:
+    if isinstance(value, str) and value.strip():
+        return value
+    if not value or isinstance(value, str):
+        raise ConfigError(f"{place}: column {data.prompt_column!r} is empty. Give it a prompt or remove the row.")
+    if not isinstance(value, list) or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value):
+        kind = type(value).__name__
+        raise ConfigError(
+            f"{place}: column {data.prompt_column!r} is a {kind}. Give text or a list of {{role, content}}."
+        )
+    if not data.chat_template:
+        raise ConfigError(f"{place}: the prompt is a list of messages. Set data.chat_template=true.")
+    if value[-1]["role"] == "assistant":
+        raise ConfigError(f"{place}: the last message is the assistant's. Remove it: the student writes the response.")
+    return value
+
+
+def _answer(row: dict[str, Any], place: str, data: DataConfig) -> str | None:
+    value = row.get(data.answer_column) if data.answer_column is not None else None
+    if value is None or isinstance(value, str | int | float):
+        return None if value is None else str(value).strip() or None
+    kind = type(value).__name__
+    raise ConfigError(f"{place}: column {data.answer_column!r} is a {kind}. Give text or a number.")
+
+
+def _tokenise(items: list[_Item], tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> list[array[int]]:
+    texts = [_render(item, tokenizer, data) if data.chat_template else str(item.prompt) for item in items]
+    # A template writes the start token itself; a second one would shift the model off its training distribution.
+    batch = tokenizer(texts, add_special_tokens=not data.chat_template, return_attention_mask=False)["input_ids"]
+    for item, ids in zip(items, batch, strict=True):
+        if not ids:
+            raise ConfigError(f"{item.place}: the prompt has no tokens. Give it a prompt or remove the row.")
+        if len(ids) > data.max_prompt_tokens:
+            raise ConfigError(
+                f"{item.place}: the prompt has {len(ids)} tokens, more than data.max_prompt_tokens "
+                f"{data.max_prompt_tokens}. Raise data.max_prompt_tokens or remove the row."
+            )
+    return [array("i", ids) for ids in batch]
+
+
+def _render(item: _Item, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> str:
+    messages = [{"role": "user", "content": item.prompt}] if isinstance(item.prompt, str) else item.prompt
+    options: dict[str, Any] = dict(data.template_options)
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options))
+    except Exception as error:  # templates raise what they like
+        reason = first_sentence(error)
+        raise ConfigError(f"{item.place}: the chat template refused it ({reason}). Change the messages.") from None
