@@ -1,0 +1,218 @@
+"""Attention over packed sequences and over slots, as one function that transformers models call through their
+attention interface (`attn_implementation="katds"`). The models themselves stay untouched.
+
+Every forward of katds runs on a flat row of tokens [1, N] without padding. A plan, passed through the model as a
+keyword argument, says which tokens belong together:
+
+- `PackedPlan`: training. Sequences lie end to end; each attends causally to itself.
+- `SlotPlan`: rollout. Tokens belong to slots of a `SlotCache`; each attends to its slot's keys up to its own position.
+  Ragged prefill, one-token decode and the teacher's chunk are this one case.
+
+On CUDA both go to flash attention (the flash-attn package, else torch's varlen kernel); elsewhere to
+`scaled_dot_product_attention`, sequence by sequence or slots side by side, without an N x N mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+NAME = "katds"
+
+
+@dataclass(slots=True)
+class PackedPlan:
+    """Sequences of the given lengths laid end to end."""
+
+    bounds: list[int]  # 0, l0, l0 + l1, ...
+    cu_seqlens: torch.Tensor  # int32, the same on the device
+    longest: int
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device) -> PackedPlan:
+        bounds = [0]
+        for length in lengths:
+            bounds.append(bounds[-1] + length)
+        return cls(bounds, torch.tensor(bounds, dtype=torch.int32, device=device), max(lengths, default=0))
+
+
+@dataclass(slots=True)
+class SlotGroup:
+    """Neighbouring slots whose queries are attended to in one call.
+
+    With `scatter` None all slots have `width` queries each, in order; otherwise slot and column of each query are given
+    and the rest of the [slots, width] square is idle.
+    """
+
+    first_slot: int
+    slots: int
+    tokens: slice
+    width: int
+    mask: torch.Tensor  # bool [slots, 1, width, keys]
+    scatter: tuple[torch.Tensor, torch.Tensor] | None = None
+
+
+@dataclass(slots=True)
+class SlotPlan:
+    """Which slot and position each token is written to, and what its query sees.
+
+    `write_source` repeats tokens that are written to several slots: a prompt that is sampled n times is computed once.
+    """
+
+    write_slots: torch.Tensor  # int64 [M]
+    write_positions: torch.Tensor  # int64 [M]
+    write_source: torch.Tensor | None  # int64 [M]; None: M = N and in order
+    keys: int  # keys that anyone may see: the longest slot
+    groups: list[SlotGroup]
+    varlen: VarlenSlots | None = None
+
+
+@dataclass(slots=True)
+class VarlenSlots:
+    """The same for a varlen kernel over a paged cache (CUDA)."""
+
+    cu_seqlens_q: torch.Tensor  # int32 [slots + 1]
+    seqused_k: torch.Tensor  # int32 [slots]
+    block_table: torch.Tensor  # int32 [slots, pages]
+    longest_q: int
+
+
+def attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    plan: PackedPlan | SlotPlan | None = None,
+    **_: object,
+) -> tuple[torch.Tensor, None]:
+    """The function that transformers calls: query [1, Hq, N, D]; returns [1, N, Hq, D].
+
+    Under a `PackedPlan` key and value are [1, Hkv, N, D]; under a `SlotPlan` they are what `SlotCache.update` returned,
+    [slots, length, Hkv, D].
+    """
+    assert plan is not None, f"{type(module).__name__} does not pass keyword arguments on to its attention function"
+    assert attention_mask is None and dropout == 0.0, "katds attention takes neither a mask nor dropout"
+    q = query[0].transpose(0, 1)  # [N, Hq, D]
+    if isinstance(plan, SlotPlan):
+        out = (
+            _slots_varlen(q, key, value, scaling, sliding_window, plan)
+            if plan.varlen
+            else _slots_sdpa(q, key, value, scaling, sliding_window, plan)
+        )
+    else:
+        k, v = key[0].transpose(0, 1), value[0].transpose(0, 1)
+        out = (
+            _packed_varlen(q, k, v, scaling, sliding_window, plan)
+            if q.is_cuda
+            else _packed_sdpa(q, k, v, scaling, sliding_window, plan)
+        )
+    return out.unsqueeze(0), None
+
+
+def _packed_sdpa(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float, window: int | None, plan: PackedPlan
+) -> torch.Tensor:
+    outs = []
+    for start, end in pairwise(plan.bounds):
+        qs, ks, vs = (x[start:end].transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+        mask = None
+        if window is not None and end - start > window:
+            at = torch.arange(end - start, device=q.device)
+            gap = at[:, None] - at[None, :]
+            mask = (gap >= 0) & (gap < window)
+        o = scaled_dot_product_attention(
+            qs, ks, vs, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
+        )
+        outs.append(o[0].transpose(0, 1))
+    return torch.cat(outs) if outs else torch.zeros_like(q)
+
+
+def _slots_sdpa(
+    q: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, window: int | None, plan: SlotPlan
+) -> torch.Tensor:
+    outs = [_group_sdpa(q, key, value, scaling, window, plan.keys, group) for group in plan.groups]
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+def _group_sdpa(
+    q: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float,
+    window: int | None,
+    keys: int,
+    group: SlotGroup,
+) -> torch.Tensor:
+    q = q[group.tokens]
+    heads, dim = q.shape[1:]
+    if group.scatter is None:
+        square = q.view(group.slots, group.width, heads, dim)
+    else:
+        square = q.new_zeros(group.slots, group.width, heads, dim)
+        square[group.scatter] = q
+    at = slice(group.first_slot, group.first_slot + group.slots)
+    k, v = key[at, :keys].transpose(1, 2), value[at, :keys].transpose(1, 2)  # [slots, Hkv, keys, D]
+    mask = group.mask if window is None else _window(group.mask, window)
+    # Query heads that share a key head are stacked along the query axis: no key or value is copied for them.
+    kv_heads = k.shape[1]
+    share = heads // kv_heads
+    stacked = square.view(group.slots, group.width, kv_heads, share, dim).permute(0, 2, 3, 1, 4)
+    stacked = stacked.reshape(group.slots, kv_heads, share * group.width, dim)
+    if share > 1 and group.width > 1:
+        mask = mask.repeat(1, 1, share, 1)
+    out = scaled_dot_product_attention(stacked, k, v, attn_mask=mask, scale=scaling)
+    out = out.view(group.slots, kv_heads, share, group.width, dim).permute(0, 3, 1, 2, 4)
+    if group.scatter is None:
+        return out.reshape(group.slots * group.width, heads, dim)
+    return out.reshape(group.slots, group.width, heads, dim)[group.scatter]
+
+
+def _window(mask: torch.Tensor, window: int) -> torch.Tensor:
+    """Keeps the last `window` visible keys of each query (visible keys are a prefix)."""
+    visible = mask.sum(-1, keepdim=True)
+    at = torch.arange(mask.shape[-1], device=mask.device)
+    return mask & (at >= visible - window)
+
+
+def _packed_varlen(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float, window: int | None, plan: PackedPlan
+) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    left = -1 if window is None else window - 1
+    out = varlen_attn(
+        q.contiguous(), k.contiguous(), v.contiguous(), plan.cu_seqlens, plan.cu_seqlens, plan.longest, plan.longest,
+        scale=scaling, window_size=(left, 0), enable_gqa=True,
+    )  # fmt: skip
+    assert isinstance(out, torch.Tensor)
+    return out
+
+
+def _slots_varlen(
+    q: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, window: int | None, plan: SlotPlan
+) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    assert plan.varlen is not None
+    paged = plan.varlen
+    page = key.shape[1] // paged.block_table.shape[1]
+    left = -1 if window is None else window - 1
+    out = varlen_attn(
+        q.contiguous(), key.view(-1, page, *key.shape[2:]), value.view(-1, page, *value.shape[2:]), paged.cu_seqlens_q, None,
+        paged.longest_q, plan.keys, scale=scaling, window_size=(left, 0), enable_gqa=True,
+        seqused_k=paged.seqused_k, block_table=paged.block_table,
+    )  # fmt: skip
+    assert isinstance(out, torch.Tensor)
+    return out
+
+
+AttentionInterface.register(NAME, attend)

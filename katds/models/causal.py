@@ -1,0 +1,87 @@
+"""A transformers causal language model as katds calls it: flat tokens in, whatever a head function makes of it out.
+
+The head function runs inside the one call of the head module. Under ZeRO-3 that is one gather of the head's weight,
+however many vocabulary tiles a rank loops over, also where the head is tied to the embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from katds.models.attention import PackedPlan, SlotPlan
+from katds.models.slot_cache import SlotCache
+
+HeadFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], Any]
+
+
+class FlatCausalLM(nn.Module):
+    """Wraps a `*ForCausalLM` model whose logits are head(last hidden state).
+
+    Args:
+        model: loaded with attn_implementation="katds".
+        vocabulary: use only the first so many rows of the head (student and teacher may pad their vocabularies differently).
+    """
+
+    def __init__(self, model: Any, vocabulary: int) -> None:
+        super().__init__()
+        self.model = model
+        self._vocabulary = vocabulary
+        rows = self._rows
+
+        def forward(head: nn.Module, hidden: torch.Tensor, function: HeadFunction = linear) -> Any:
+            return function(hidden, *rows(head))
+
+        head = self.head
+        head.forward = MethodType(forward, head)
+
+    @property
+    def head(self) -> nn.Module:
+        head: nn.Module = self.model.get_output_embeddings()
+        return head
+
+    def head_parameters(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight [V, H] and bias of the head, as its functions see them."""
+        return self._rows(self.head)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        plan: PackedPlan | SlotPlan,
+        head: HeadFunction | None,
+        rows: torch.Tensor | None = None,
+        cache: SlotCache | None = None,
+    ) -> Any:
+        """Runs the flat tokens [N] and returns head(hidden [rows or N, H], weight [V, H], bias), or None without a head function.
+
+        Under a `SlotPlan` the cache is written as a side effect.
+        """
+        if cache is not None:
+            assert isinstance(plan, SlotPlan)
+            cache.prepare(plan)
+        hidden = self.model.base_model(
+            input_ids=input_ids[None],
+            position_ids=position_ids[None],
+            past_key_values=cache,
+            use_cache=cache is not None,
+            plan=plan,
+        ).last_hidden_state[0]
+        if head is None:
+            return None
+        return self.head(hidden if rows is None else hidden[rows], head)
+
+    def _rows(self, head: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        weight, bias = head.weight, head.bias
+        if self._vocabulary < weight.shape[0]:
+            return weight[: self._vocabulary], None if bias is None else bias[: self._vocabulary]
+        return weight, bias
+
+
+def linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The plain head function: logits [N, V] in the model's dtype."""
+    return nn.functional.linear(hidden, weight, bias)

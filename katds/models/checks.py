@@ -1,0 +1,239 @@
+"""Checks of student and teacher before any weight is read: only config.json, tokenizers and generation_config.json.
+
+The student is trained towards the teacher's distribution token id by token id, so both must mean the same by every id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from katds.errors import ConfigError, first_sentence
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+# Computations on logits after the linear head, and the value that means none. The tiled head applies the head only.
+LOGIT_POSTPROCESSING: dict[str, tuple[object, ...]] = {
+    "final_logit_softcapping": (None,),
+    "logits_scaling": (None, 1),
+    "logit_scale": (None, 1),
+    "lm_head_multiplier": (None, 1),
+}
+# A checkpoint with another head (reward model, embedding) would get a random vocabulary head.
+LANGUAGE_HEADS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What student and teacher agree on."""
+
+    shared_vocab: int  # smaller embedding size of the two; ids from tokenizer_size on are padding and never sampled
+    tokenizer_size: int
+    tokenizer_sha256: str
+    eos_ids: tuple[int, ...]  # the student's, ascending
+    context: int  # tokens that both models can attend to
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    field: str
+    path: Path
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    eos_ids: tuple[int, ...]
+
+
+def check_models(student: Path, teacher: Path, max_prompt_tokens: int, max_new_tokens: int) -> ModelFacts:
+    """Facts about both models. Raises ConfigError where they cannot be distilled; reads no weights.
+
+    Order: folders, configurations, tokenizers, vocabulary sizes, end tokens, context.
+    """
+    models = [_inspect("student.path", student), _inspect("teacher.path", teacher)]
+    learner, guide = models
+    digest = _same_tokenizer(learner, guide)
+    size = 1 + max(learner.tokenizer.get_vocab().values())
+    for model in models:
+        if _vocab(model) < size:
+            raise ConfigError(
+                f"{model.field} is {model.path}, whose embedding has {_vocab(model)} rows for {size} tokens. "
+                "Use a checkpoint whose config.json and tokenizer belong together."
+            )
+        _check_context(model, max_prompt_tokens, max_new_tokens)
+    return ModelFacts(
+        shared_vocab=min(map(_vocab, models)),
+        tokenizer_size=size,
+        tokenizer_sha256=digest,
+        eos_ids=_check_eos(learner, size),
+        context=min(map(_context, models)),
+        warnings=_eos_warnings(learner, guide),
+    )
+
+
+def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of all tokens with their ids and of the special ones; equal for equal vocabularies, however stored."""
+    special = sorted((i, str(t), bool(t.special)) for i, t in tokenizer.added_tokens_decoder.items())
+    content = json.dumps([sorted(tokenizer.get_vocab().items()), special], ensure_ascii=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _inspect(field: str, path: Path) -> _Model:
+    _check_folder(field, path)
+    raw = _read_json(field, path / "config.json")
+    _check_config(field, path, raw)
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True).get_text_config()
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # transformers and tokenizers raise many kinds
+        raise ConfigError(
+            f"{field} is {path}, whose configuration or tokenizer cannot be read ({first_sentence(error)}). "
+            "Download the folder again."
+        ) from None
+    _check_head(field, path, config)
+    return _Model(field, path, config, tokenizer, _eos_ids(field, path, config, tokenizer))
+
+
+def _check_folder(field: str, path: Path) -> None:
+    if not path.is_dir():
+        raise ConfigError(
+            f"{field} is {path}, which is no folder (seen from {Path.cwd()}). "
+            "Give a downloaded checkpoint's folder; names on the Hugging Face hub are not resolved."
+        )
+    if not (path / "config.json").is_file():
+        raise ConfigError(f"{field} is {path}, which has no config.json. Give the folder of a Hugging Face checkpoint.")
+    if not any((*path.glob("tokenizer*"), *path.glob("vocab*"))):
+        # transformers would make an empty tokenizer of the model's type.
+        raise ConfigError(
+            f"{field} is {path}, which has no tokenizer. Copy tokenizer.json and tokenizer_config.json there."
+        )
+    if not any(path.glob("*.safetensors")):
+        raise ConfigError(
+            f"{field} is {path}, which has no *.safetensors; pickled weights are not read (safetensors only). "
+            "Convert it with save_pretrained."
+        )
+    index = path / "model.safetensors.index.json"
+    shards = set(_read_json(field, index).get("weight_map", {}).values()) if index.is_file() else set()
+    if missing := sorted(shard for shard in shards if not (path / shard).is_file()):
+        raise ConfigError(
+            f"{field} is {path}, which lacks {len(missing)} of {len(shards)} weight files, first {missing[0]}. "
+            "Finish the download."
+        )
+
+
+def _read_json(field: str, path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{field}: {path} cannot be read ({first_sentence(error)}). Download the folder again."
+        ) from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{field}: {path} holds no JSON object. Download the folder again.")
+    return content
+
+
+def _check_config(field: str, path: Path, raw: dict[str, Any]) -> None:
+    tokenizer = path / "tokenizer_config.json"
+    if "auto_map" in raw or (tokenizer.is_file() and "auto_map" in _read_json(field, tokenizer)):
+        raise ConfigError(
+            f"{field} is {path}, which runs its own Python code (auto_map). "
+            "Use a model that transformers implements; remote code is never trusted."
+        )
+    heads = raw.get("architectures") or []
+    if heads and not any(head.endswith(LANGUAGE_HEADS) for head in heads):
+        raise ConfigError(f"{field} is {path}, a {heads[0]}. Use a checkpoint with a language model head, ForCausalLM.")
+    if "quantization_config" in raw:
+        raise ConfigError(
+            f"{field} is {path}, whose weights are quantised (quantization_config). Use the bf16 checkpoint."
+        )
+
+
+def _check_head(field: str, path: Path, config: PretrainedConfig) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or getattr(config, "is_encoder_decoder", False):
+        raise ConfigError(
+            f"{field} is {path}, a {config.model_type!r} model. "
+            "Use a decoder-only language model that transformers implements."
+        )
+    for name, neutral in LOGIT_POSTPROCESSING.items():
+        value = getattr(config, name, None)
+        if value not in neutral:
+            raise ConfigError(
+                f"{field} is {path}, which transforms its logits after the head ({name} = {value}). "
+                "The vocabulary-tiled loss applies the linear head only. Use a model without it."
+            )
+
+
+def _same_tokenizer(student: _Model, teacher: _Model) -> str:
+    digest = tokenizer_sha256(student.tokenizer)
+    if digest == tokenizer_sha256(teacher.tokenizer):
+        return digest
+    ours, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
+    differing = sorted(token for token in {*ours, *theirs} if ours.get(token) != theirs.get(token))
+    example = f"{differing[0]!r} is {ours.get(differing[0])} and {theirs.get(differing[0])}" if differing else "flags"
+    raise ConfigError(
+        f"teacher.path is {teacher.path}, whose tokenizer differs from the student's: {len(ours)} and {len(theirs)} "
+        f"tokens in the student and the teacher, {len(differing)} differ, such as {example}. "
+        "Take both models from one family."
+    )
+
+
+def _eos_ids(field: str, path: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Union of what generation_config.json, config.json and the tokenizer call an end token; each may lack one."""
+    generation = path / "generation_config.json"
+    declared = _read_json(field, generation).get("eos_token_id") if generation.is_file() else None
+    ids: set[int] = set()
+    for value in (declared, config.eos_token_id, tokenizer.eos_token_id):
+        ids |= set(value) if isinstance(value, list) else {value} if value is not None else set()
+    return tuple(sorted(ids))
+
+
+def _check_eos(student: _Model, size: int) -> tuple[int, ...]:
+    ids = student.eos_ids
+    if not ids:
+        raise ConfigError(
+            f"student.path is {student.path}, which names no end token. Set eos_token_id in its generation_config.json."
+        )
+    if ids[0] < 0 or ids[-1] >= size:
+        raise ConfigError(
+            f"student.path is {student.path}, whose eos_token_id {list(ids)} is not among its {size} tokens. "
+            "Correct generation_config.json and config.json."
+        )
+    return ids
+
+
+def _eos_warnings(student: _Model, teacher: _Model) -> tuple[str, ...]:
+    if student.eos_ids == teacher.eos_ids:
+        return ()
+    return (
+        f"end tokens differ: student {list(student.eos_ids)}, teacher {list(teacher.eos_ids)}; rollouts end at the "
+        "student's, which the teacher may find improbable",
+    )
+
+
+def _vocab(model: _Model) -> int:
+    return int(model.config.vocab_size)
+
+
+def _context(model: _Model) -> int:
+    """Longest sequence; YaRN checkpoints often keep max_position_embeddings at the length before scaling."""
+    longest = int(model.config.max_position_embeddings)
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings")
+    return max(longest, int(original * (rope.get("factor") or 1))) if original else longest
+
+
+def _check_context(model: _Model, max_prompt_tokens: int, max_new_tokens: int) -> None:
+    needed = max_prompt_tokens + max_new_tokens
+    if _context(model) < needed:
+        raise ConfigError(
+            f"data.max_prompt_tokens {max_prompt_tokens} + rollout.max_new_tokens {max_new_tokens} = {needed} tokens, "
+            f"but {model.field} {model.path} reads {_context(model)}. Lower one of them."
+        )

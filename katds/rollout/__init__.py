@@ -1,0 +1,1 @@
+"""The rollout engine: slots, sampling, chunked decoding, streamed teacher scoring. Knows no process and no DeepSpeed."""

@@ -1,0 +1,265 @@
+"""The rollout engine: rounds of { admit | student decodes C tokens | teacher scores them | stop rule judges | retire }.
+
+Invariants: rollouts depend on the request, the seed and the models only, not on slots, chunk size, rank or world size.
+Every rank makes the same number of rounds, with one control reduction each; decoding itself has no collective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from katds.core.collective import Collective
+from katds.core.stop.base import StopRule
+from katds.core.types import Field, Need, Rollout, RolloutBatch, RolloutRequest, StopReason
+from katds.models.causal import FlatCausalLM
+from katds.models.slot_cache import SlotCache
+from katds.rollout.decode import Chunk, Decoder
+from katds.rollout.sampling import Sampling
+from katds.rollout.scorer import Scores, TeacherForward, TeacherScorer
+from katds.rollout.slots import Seat, Slots, assign
+
+PhaseClock = Callable[[str], AbstractContextManager[None]]  # times a named part, e.g. katds.train.clock.Clock
+
+
+class StudentSource(Protocol):
+    """Where the engine gets the student's whole weights from, for the length of one rollout phase."""
+
+    def decoding(self) -> AbstractContextManager[FlatCausalLM]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """Sizes of one engine."""
+
+    slots: int
+    chunk_tokens: int
+    eos_ids: tuple[int, ...]
+    sampling: Sampling
+    top_k: int
+    seed: int
+    device: torch.device
+    keep_divergences: bool = True
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """What one call of `generate` did on this rank. Tokens are those written into rollouts; decoded ones include overshoot."""
+
+    rounds: int = 0
+    tokens: int = 0
+    decoded_tokens: int = 0
+
+
+class RolloutEngine:
+    """Writes rollouts with continuous batching over `settings.slots` slots per rank.
+
+    Args:
+        teacher: None writes without scores (evaluation); the rule must then need no divergence and `needs` be empty.
+        needs: what the objective asks of the teacher.
+        clock: told of the parts "control", "prefill", "decode", "teacher" and "judge".
+    """
+
+    def __init__(
+        self,
+        student: StudentSource,
+        teacher: TeacherForward | None,
+        rule: StopRule,
+        needs: frozenset[Need],
+        collective: Collective,
+        settings: EngineSettings,
+        clock: PhaseClock,
+    ) -> None:
+        if teacher is None and (needs or rule.needs_divergence):
+            raise ValueError("an objective or stop rule needs the teacher's signal, but the engine has no teacher")
+        self._student = student
+        self._rule = rule
+        self._collective = collective
+        self._settings = settings
+        self._clock = clock
+        self._teacher = teacher
+        self._needs = needs
+        self._top_k = settings.top_k if rule.needs_divergence or Need.STUDENT_TOP_K in needs else 0
+        self.stats = EngineStats()
+
+    @torch.no_grad()
+    def generate(self, requests: Sequence[RolloutRequest], stream: int) -> RolloutBatch:
+        """Collective: writes all `requests` (the same list on every rank); returns those that this rank wrote.
+
+        `stream` names the random numbers together with the rollout ids, e.g. the training step.
+        """
+        self.stats = EngineStats()
+        queue, done, signal = list(requests), [], _SignalLog()
+        with self._student.decoding() as model:
+            phase = self._start(model, requests, stream)
+            while True:
+                leaders, busy = self._admit(phase.slots, queue)
+                if not busy:
+                    break
+                self.stats.rounds += 1
+                chunk = self._write(phase, leaders)
+                scores = self._score(phase, leaders, chunk)
+                if chunk is not None:
+                    done += self._judge(phase, chunk, scores, signal)
+        done.sort(key=lambda pair: pair[0].id)
+        return RolloutBatch([rollout for rollout, _ in done], signal.collect([rows for _, rows in done]))
+
+    def _start(self, model: FlatCausalLM, requests: Sequence[RolloutRequest], stream: int) -> _Phase:
+        """Allocates the caches of one rollout phase; they are freed at its end, when the learner needs the memory."""
+        # A slot may overshoot its end by less than a chunk.
+        length = (
+            max((len(r.prompt.token_ids) + r.max_new_tokens for r in requests), default=1) + self._settings.chunk_tokens
+        )
+        slots = min(self._settings.slots, max(len(requests), 1))
+        cache = SlotCache(slots, length, self._settings.device)
+        decoder = Decoder(model, cache, self._settings.sampling, self._top_k, self._settings.seed, stream)
+        if self._teacher is None:
+            return _Phase(Slots(slots), [cache], decoder, None)
+        read = SlotCache(slots, length, self._settings.device)
+        scorer = TeacherScorer(
+            self._teacher, read, self._needs, self._top_k > 0, self._settings.top_k, self._settings.sampling.scale
+        )
+        return _Phase(Slots(slots), [cache, read], decoder, scorer)
+
+    def _admit(self, slots: Slots, queue: list[RolloutRequest]) -> tuple[dict[int, int], bool]:
+        """Collective: the round's control reduction. Returns the followers' leaders, and whether any rank is busy."""
+        rank, size = self._collective.rank, self._collective.size
+        report = torch.zeros(2, size, dtype=torch.int64)
+        report[0, rank], report[1, rank] = slots.free, len(slots.seats)
+        with self._clock("control"):
+            free, live = self._collective.sum(report).tolist()
+        given = assign(free, live, (r.prompt.index for r in queue))
+        mine = [queue[i] for i in given[rank]]
+        del queue[: sum(map(len, given))]
+        leaders = slots.admit(mine)
+        for request in mine:
+            self._rule.begin(request)
+        return leaders, sum(live) + sum(map(len, given)) > 0
+
+    def _write(self, phase: _Phase, leaders: dict[int, int]) -> Chunk | None:
+        seats = phase.slots.seats
+        if not seats:
+            return None
+        with self._clock("prefill"):
+            phase.decoder.prefill(seats, leaders)
+        with self._clock("decode"):
+            chunk = phase.decoder.decode(seats, self._settings.chunk_tokens)
+        self.stats.decoded_tokens += chunk.tokens_SC.numel()
+        return chunk
+
+    def _score(self, phase: _Phase, leaders: dict[int, int], chunk: Chunk | None) -> Scores:
+        if phase.scorer is None:
+            return Scores({}, None)
+        with self._clock("teacher"):
+            return phase.scorer.score(phase.slots.seats, leaders, chunk)
+
+    def _judge(
+        self, phase: _Phase, chunk: Chunk, scores: Scores, signal: _SignalLog
+    ) -> list[tuple[Rollout, list[tuple[int, int]]]]:
+        """Reads the chunk on the host (the round's one synchronisation), asks the rule, retires what has ended."""
+        with self._clock("judge"):
+            tokens_SC = chunk.tokens_SC.tolist()
+            empty: list[list[float]] = [[0.0] * len(row) for row in tokens_SC]
+            divergences_SC = empty if scores.divergences_SC is None else scores.divergences_SC.tolist()
+            first_row = signal.add(scores.signal)
+            ended, done = [], []
+            for slot, (seat, tokens, divergences) in enumerate(
+                zip(phase.slots.seats, tokens_SC, divergences_SC, strict=True)
+            ):
+                before = len(seat.response)
+                reason = self._advance(seat, tokens, divergences, scored=scores.divergences_SC is not None)
+                seat.spans.append((first_row + slot * len(tokens), len(seat.response) - before))
+                if reason is not None:
+                    rollout = seat.finish(reason)
+                    self._rule.end(seat.request, rollout.terminated)
+                    self.stats.tokens += len(rollout.response_ids)
+                    ended.append(slot)
+                    done.append((rollout, _first_rows(seat.spans, rollout.kept)))
+            for source, target in phase.slots.retire(ended):
+                for cache in phase.caches:
+                    cache.move(source, target, phase.slots.seats[target].position)
+            return done
+
+    def _advance(self, seat: Seat, tokens: list[int], divergences: list[float], scored: bool) -> StopReason | None:
+        """Appends the chunk to the seat up to its end; returns why it ended, or None.
+
+        Order of checks: a natural end at the very token at which the rule would fire is a natural end.
+        """
+        seat.fresh = False
+        written, reason = self._natural_end(seat, tokens)
+        cut = self._rule.observe(seat.request, divergences[:written])
+        if cut is not None:
+            total = len(seat.response) + written
+            if seat.request.audit:
+                seat.cut = cut
+            elif cut.at < total or reason is None:
+                written, reason, seat.cut = cut.at - len(seat.response), self._rule.reason, cut
+        seat.response += tokens[:written]
+        if scored and self._settings.keep_divergences:
+            seat.divergences += divergences[:written]
+        seat.pending = seat.response[-1] if seat.response else seat.pending
+        return reason
+
+    def _natural_end(self, seat: Seat, tokens: list[int]) -> tuple[int, StopReason | None]:
+        """How many of the tokens belong to the response, and why it ends with them, if it does."""
+        room = seat.request.max_new_tokens - len(seat.response)
+        for i, token in enumerate(tokens[:room]):
+            if token in self._settings.eos_ids:
+                return i + 1, StopReason.EOS
+        return (room, StopReason.LENGTH) if len(tokens) >= room else (len(tokens), None)
+
+
+@dataclass(slots=True)
+class _Phase:
+    """What lives for one call of `generate`."""
+
+    slots: Slots
+    caches: list[SlotCache]
+    decoder: Decoder
+    scorer: TeacherScorer | None
+
+
+def _first_rows(spans: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:
+    """The spans of the first `count` rows."""
+    taken = []
+    for first, rows in spans:
+        if count <= 0:
+            break
+        taken.append((first, min(rows, count)))
+        count -= rows
+    return taken
+
+
+class _SignalLog:
+    """The step's teacher signal in the order of scoring; rollouts own spans of it until they are laid end to end.
+
+    Memory: every scored row of the step, overshoot and traps included, until `collect`.
+    """
+
+    def __init__(self) -> None:
+        self._chunks: list[dict[Field, torch.Tensor]] = []
+        self._rows = 0
+
+    def add(self, signal: dict[Field, torch.Tensor]) -> int:
+        """Appends a chunk's rows; returns the number of the first."""
+        first = self._rows
+        if signal:
+            self._chunks.append(signal)
+            self._rows += next(iter(signal.values())).shape[0]
+        return first
+
+    def collect(self, kept: list[list[tuple[int, int]]]) -> dict[Field, torch.Tensor]:
+        """The rows of the given spans, rollout after rollout."""
+        if not self._chunks:
+            return {}
+        device = next(iter(self._chunks[0].values())).device
+        index = torch.cat(
+            [torch.arange(first, first + count) for spans in kept for first, count in spans]
+            or [torch.empty(0, dtype=torch.int64)]
+        )
+        index = index.to(device)
+        return {key: torch.cat([chunk[key] for chunk in self._chunks])[index] for key in self._chunks[0]}

@@ -1,0 +1,136 @@
+"""The teacher reads along: one forward per chunk gives the stop signal and the training target.
+
+The teacher has its own slot cache in step with the student's. The prompts of fresh seats ride in the same forward as
+the chunks of the others. With a sharded teacher the forward is a collective, so every rank makes it in every round, with one
+dummy token where it has nothing to score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from katds.core.divergences import top_k_tail_reverse_kl
+from katds.core.teacher_signal import score_tile
+from katds.core.types import Field, Need
+from katds.models.slot_cache import SlotCache, ragged_plan
+from katds.models.tiled_head import score_head
+from katds.rollout.decode import Chunk
+from katds.rollout.slots import Seat
+
+
+class TeacherForward(Protocol):
+    """A `FlatCausalLM` or an engine around one."""
+
+    def __call__(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        plan: Any,
+        head: Callable[..., Any] | None,
+        rows: torch.Tensor | None = None,
+        cache: SlotCache | None = None,
+    ) -> Any: ...
+
+
+@dataclass(slots=True)
+class Scores:
+    """The teacher's word on a chunk: `signal` rows are slot after slot, C each."""
+
+    signal: dict[Field, torch.Tensor]
+    divergences_SC: torch.Tensor | None  # float32 [nats], top-K + tail reverse KL
+
+
+class TeacherScorer:
+    """Scores chunks.
+
+    Args:
+        needs: what the objective asks for; exactly this is computed and kept.
+        divergence: also compare with the student's top K for the stop rule.
+        teacher_top_k: K of Need.TEACHER_TOP_K.
+        temperature: that of the rollout; student and teacher are compared at the same one.
+    """
+
+    def __init__(
+        self,
+        teacher: TeacherForward,
+        cache: SlotCache,
+        needs: frozenset[Need],
+        divergence: bool,
+        teacher_top_k: int,
+        temperature: float,
+    ) -> None:
+        self._teacher = teacher
+        self._cache = cache
+        self._needs = needs
+        self._scored = (needs | {Need.STUDENT_TOP_K} if divergence else needs) - {Need.FULL}
+        self._teacher_top_k = teacher_top_k
+        self._temperature = temperature
+
+    @torch.no_grad()
+    def score(self, seats: Sequence[Seat], leaders: Mapping[int, int], chunk: Chunk | None) -> Scores:
+        """Collective where the teacher is sharded. Scores `chunk` of `seats`; without a chunk feeds a dummy token."""
+        if chunk is None:
+            return self._dummy()
+        width = chunk.inputs_SC.shape[1]
+        fresh_leaders = sum(seat.fresh for seat in seats) - len(leaders)
+        uniform = len(seats) - fresh_leaders
+        starts = [0 if slot >= uniform else seat.position for slot, seat in enumerate(seats)]
+        counts = [seat.position - start + width for seat, start in zip(seats, starts, strict=True)]
+        copies = [(leader, slot, seats[slot].position) for slot, leader in leaders.items()]
+        plan, positions = ragged_plan(self._cache, 0, starts, counts, uniform, copies)
+        tokens, rows = self._layout(seats, uniform, counts, chunk.inputs_SC)
+        signal = self._teacher(tokens, positions, plan, self._head(chunk), rows=rows, cache=self._cache)
+        divergences = self._divergences(signal, chunk)
+        if Need.STUDENT_TOP_K in self._needs:
+            assert chunk.top_ids_SCK is not None
+            signal[Field.STUDENT_TOP_IDS] = chunk.top_ids_SCK.flatten(0, 1).to(torch.int32)
+        else:
+            signal.pop(Field.STUDENT_TOP, None)  # only the stop rule has asked for it
+        return Scores(signal, divergences)
+
+    def _layout(
+        self, seats: Sequence[Seat], uniform: int, counts: Sequence[int], inputs_SC: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The flat input tokens, and which of them are scored (None: all)."""
+        if uniform == len(seats):
+            return inputs_SC.flatten(), None
+        device, width = inputs_SC.device, inputs_SC.shape[1]
+        pieces, rows, at = [inputs_SC[:uniform].flatten()], list(range(uniform * width)), uniform * width
+        for slot in range(uniform, len(seats)):
+            prompt = seats[slot].request.prompt.token_ids[:-1]
+            pieces += [torch.tensor(prompt, dtype=torch.int64, device=device), inputs_SC[slot]]
+            rows += range(at + len(prompt), at + counts[slot])
+            at += counts[slot]
+        return torch.cat(pieces), torch.tensor(rows, dtype=torch.int64, device=device)
+
+    def _head(self, chunk: Chunk) -> Callable[..., dict[Field, torch.Tensor]]:
+        actions = chunk.tokens_SC.flatten()
+        top_ids = None if chunk.top_ids_SCK is None else chunk.top_ids_SCK.flatten(0, 1)
+
+        def head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> dict[Field, torch.Tensor]:
+            def tile(logprobs: torch.Tensor, rows: slice) -> dict[Field, torch.Tensor]:
+                ids = None if top_ids is None else top_ids[rows]
+                return score_tile(logprobs, actions[rows], ids, self._scored, self._teacher_top_k)
+
+            signal = score_head(hidden, weight, bias, self._temperature, tile) if self._scored else {}
+            if Need.FULL in self._needs:
+                signal[Field.HIDDEN] = hidden
+            return signal
+
+        return head
+
+    def _divergences(self, signal: Mapping[Field, torch.Tensor], chunk: Chunk) -> torch.Tensor | None:
+        if chunk.top_logprobs_SCK is None or Field.STUDENT_TOP not in signal:
+            return None
+        student = chunk.top_logprobs_SCK
+        return top_k_tail_reverse_kl(student, signal[Field.STUDENT_TOP].view_as(student))
+
+    def _dummy(self) -> Scores:
+        zero = torch.zeros(1, dtype=torch.int64, device=self._cache.device)
+        plan, positions = ragged_plan(self._cache, 0, [0], [1], 1)
+        self._teacher(zero, positions, plan, lambda *_: None, rows=zero, cache=self._cache)
+        return Scores({}, None)

@@ -1,0 +1,126 @@
+"""Who sits in which slot: a scheduler without tensors.
+
+Invariants: live slots are 0 .. n-1; when one ends, the last live slot moves into its place. Which rollout runs where
+is a function of the request list and of the numbers that every rank has reported, so all ranks know it without asking.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from katds.core.types import Cut, Rollout, RolloutRequest, StopReason
+
+
+@dataclass(slots=True)
+class Seat:
+    """A rollout in progress. The student's next input is `pending`, at position len(prompt) + len(response) - 1."""
+
+    request: RolloutRequest
+    pending: int
+    response: list[int] = field(default_factory=list)
+    divergences: list[float] = field(default_factory=list)
+    spans: list[tuple[int, int]] = field(default_factory=list)  # (first row, rows) in the step's signal, one per chunk
+    cut: Cut | None = None
+    fresh: bool = True  # neither cache holds the prompt yet
+
+    @property
+    def position(self) -> int:
+        return len(self.request.prompt.token_ids) - 1 + len(self.response)
+
+    def finish(self, reason: StopReason) -> Rollout:
+        kept = len(self.response) if self.cut is None else self.cut.kept
+        return Rollout(self.request, self.response, kept, reason, self.cut, self.divergences)
+
+
+def assign(free: Sequence[int], live: Sequence[int], groups: Iterable[int]) -> list[list[int]]:
+    """Deals the next requests to ranks: lists of request offsets per rank, in order.
+
+    Args:
+        free, live: free and occupied slots of each rank.
+        groups: prompt index of each waiting request, in order; neighbours with the same prompt stay together where
+            they fit, because a rank prefills a prompt once.
+
+    A run of equal prompts goes to the rank with the fewest live slots that has room for all of it, else is split. Stops at the first
+    request for which no slot is free anywhere.
+    """
+    free, live = list(free), list(live)
+    given: list[list[int]] = [[] for _ in free]
+    ranks = range(len(free))
+    for first, size in _runs(groups, sum(free)):
+        at = first
+        while at < first + size:
+            left = first + size - at
+            roomy = [r for r in ranks if free[r] >= left] or [r for r in ranks if free[r] > 0]
+            if not roomy:
+                return given
+            rank = min(roomy, key=lambda r: (live[r], -free[r], r))
+            count = min(left, free[rank])
+            given[rank] += range(at, at + count)
+            free[rank] -= count
+            live[rank] += count
+            at += count
+    return given
+
+
+def _runs(groups: Iterable[int], limit: int) -> list[tuple[int, int]]:
+    """Runs (first, size) of equal neighbours among the first `limit` entries."""
+    runs: list[tuple[int, int]] = []
+    previous = None
+    for at, group in enumerate(groups):
+        if at == limit:
+            break
+        if runs and group == previous:
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((at, 1))
+        previous = group
+    return runs
+
+
+def admission_order(requests: Sequence[RolloutRequest]) -> tuple[list[RolloutRequest], dict[int, int]]:
+    """Orders newly admitted requests so that those who copy a prompt's keys come before those who compute them.
+
+    Returns the ordered requests and, for every follower's place in it, the place of its leader.
+    """
+    leaders: dict[int, RolloutRequest] = {}
+    followers: list[RolloutRequest] = []
+    for request in requests:
+        if request.prompt.index in leaders:
+            followers.append(request)
+        else:
+            leaders[request.prompt.index] = request
+    place = {index: len(followers) + i for i, index in enumerate(leaders)}
+    return [*followers, *leaders.values()], {i: place[r.prompt.index] for i, r in enumerate(followers)}
+
+
+class Slots:
+    """The live seats of one rank, slot i = seats[i]."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.seats: list[Seat] = []
+
+    @property
+    def free(self) -> int:
+        return self.capacity - len(self.seats)
+
+    def admit(self, requests: Sequence[RolloutRequest]) -> dict[int, int]:
+        """Seats the requests; returns for each follower's slot the slot of the leader whose prompt it shares."""
+        assert len(requests) <= self.free, f"{len(requests)} requests for {self.free} free slots"
+        base = len(self.seats)
+        ordered, leader_of = admission_order(requests)
+        self.seats += [Seat(r, r.prompt.token_ids[-1]) for r in ordered]
+        return {base + follower: base + leader for follower, leader in leader_of.items()}
+
+    def retire(self, ended: Iterable[int]) -> list[tuple[int, int]]:
+        """Frees slots; returns the moves (source, target) that keep live slots in front. No target is also a source."""
+        gone = set(ended)
+        left = len(self.seats) - len(gone)
+        holes = [slot for slot in sorted(gone) if slot < left]
+        movers = [slot for slot in range(left, len(self.seats)) if slot not in gone]
+        moves = list(zip(movers, holes, strict=True))
+        for source, target in moves:
+            self.seats[target] = self.seats[source]
+        del self.seats[left:]
+        return moves
