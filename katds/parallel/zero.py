@@ -1,0 +1,186 @@
+"""DeepSpeed ZeRO-3 engines: the student that learns, and the frozen teacher.
+
+No rank ever holds a whole model on its device: weights are partitioned while they are read. The only file that calls
+`deepspeed.initialize`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.nn.functional
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.integrations import HfDeepSpeedConfig
+from transformers.utils import logging as transformers_logging
+
+from katds.models.attention import NAME as ATTENTION
+from katds.models.causal import FlatCausalLM, HeadFunction
+from katds.parallel.deepspeed_config import model_dtype, student_config, teacher_config
+from katds.parallel.view import StudentView
+
+
+class ZeroStudent:
+    """The student under ZeRO-3: decode through `decoding`, learn through `forward`, `backward`, `step`."""
+
+    def __init__(self, engine: Any, skeleton: FlatCausalLM, path: Path) -> None:
+        self.engine = engine
+        self._path = path
+        self._view = StudentView(engine.module, skeleton)
+
+    def decoding(self) -> AbstractContextManager[FlatCausalLM]:
+        """Collective: the whole student, hook-free, for a rollout phase."""
+        return self._view.open()
+
+    def forward(self, **inputs: Any) -> Any:
+        """Collective: `FlatCausalLM.forward` through the engine."""
+        return self.engine(**inputs)
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """Collective: adds the gradient of a loss that is already scaled; `last` marks the update's final micro-batch."""
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, lr: float) -> float:
+        """Collective: one optimizer step with this learning rate; returns the global gradient norm before clipping."""
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        self.engine.step()
+        norm = self.engine.get_global_grad_norm()
+        return float(norm) if norm is not None else float("nan")
+
+    def export(self, folder: Path, tokenizer: Any) -> None:
+        """Collective: writes a Hugging Face folder from rank 0 in the model's dtype."""
+        with _gathered_state(self.engine.module.model) as state:
+            if state is not None:
+                model = self.engine.module.model
+                model.save_pretrained(folder, state_dict=state, safe_serialization=True)
+                _save_config(self._path, folder, tokenizer)
+
+
+class ZeroFrozen:
+    """A model under ZeRO-3 that only reads: the teacher, or a student to be evaluated. Calling it is a collective."""
+
+    def __init__(self, engine: Any, vocabulary: int) -> None:
+        self.engine = engine
+        self._vocabulary = vocabulary
+
+    def decoding(self) -> AbstractContextManager[FlatCausalLM]:
+        """Collective: the whole model, hook-free, for a rollout phase."""
+        module = self.engine.module
+        return StudentView(module, _skeleton(module.model, self._vocabulary)).open()
+
+    def __call__(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        plan: Any,
+        head: HeadFunction | None,
+        rows: torch.Tensor | None = None,
+        cache: Any = None,
+    ) -> Any:
+        with torch.no_grad():
+            return self.engine(
+                input_ids=input_ids, position_ids=position_ids, plan=plan, head=head, rows=rows, cache=cache
+            )
+
+    @contextmanager
+    def head_weight(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Collective: the teacher's head (weight [V, H], bias), gathered while the context is open."""
+        with deepspeed.zero.GatheredParameters(list(self.engine.module.head.parameters())):
+            yield self.engine.module.head_parameters()
+
+
+def load_student(
+    path: Path,
+    user_config: dict[str, Any],
+    vocabulary: int,
+    optimizer: Any,
+    checkpointing: bool,
+    load_universal: bool = False,
+) -> ZeroStudent:
+    """Collective: reads the folder at `path` under ZeRO-3 and wraps it with AdamW (`optimizer`: recipe section train.optimizer)."""
+    config = student_config(user_config, optimizer.gradient_clip)
+    if load_universal:
+        config["checkpoint"] = {**config.get("checkpoint", {}), "load_universal": True}
+    model = FlatCausalLM(_read(path, config), vocabulary)
+    if checkpointing:
+        model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    skeleton = _skeleton(model.model, vocabulary)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=_adamw(model, config, optimizer), config=config)
+    engine.train()
+    return ZeroStudent(engine, skeleton, path)
+
+
+def load_frozen(path: Path, user_config: dict[str, Any], vocabulary: int) -> ZeroFrozen:
+    """Collective: reads the folder at `path` under ZeRO-3, without optimizer and gradients."""
+    config = teacher_config(user_config)
+    model = FlatCausalLM(_read(path, config), vocabulary).requires_grad_(False)
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+    engine.eval()
+    return ZeroFrozen(engine, vocabulary)
+
+
+def _read(path: Path, config: dict[str, Any]) -> nn.Module:
+    """from_pretrained under ZeRO-3: transformers partitions each weight as soon as it is read."""
+    transformers_logging.disable_progress_bar()  # one bar per rank and model would bury the run's own lines
+    keep_alive = HfDeepSpeedConfig(copy.deepcopy(config))
+    with _linear_restored():
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=model_dtype(config), attn_implementation=ATTENTION, use_safetensors=True
+        )
+    del keep_alive
+    return model
+
+
+@contextmanager
+def _linear_restored() -> Iterator[None]:
+    """zero.Init replaces torch.nn.functional.linear for the whole process and for good; its Python autograd function
+    costs more than a small layer itself, so the original is put back."""
+    original = torch.nn.functional.linear
+    try:
+        yield
+    finally:
+        torch.nn.functional.linear = original
+
+
+def _skeleton(model: nn.Module, vocabulary: int) -> FlatCausalLM:
+    config = copy.deepcopy(model.config)
+    with torch.device("meta"):
+        twin = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, dtype=model.dtype)
+    return FlatCausalLM(twin, vocabulary)
+
+
+def _adamw(model: nn.Module, config: dict[str, Any], settings: Any) -> torch.optim.Optimizer:
+    arguments = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps, "weight_decay": settings.weight_decay}
+    if "offload_optimizer" in config["zero_optimization"]:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(model.parameters(), **arguments)
+    return torch.optim.AdamW(model.parameters(), fused=True, **arguments)
+
+
+@contextmanager
+def _gathered_state(model: nn.Module) -> Iterator[dict[str, torch.Tensor] | None]:
+    """Collective: the full state dict on the CPU of rank 0, one parameter at a time on the device; None elsewhere."""
+    is_main = torch.distributed.get_rank() == 0
+    state: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        with deepspeed.zero.GatheredParameters([parameter]):
+            if is_main:
+                state[name] = parameter.data.detach().cpu().clone()
+    yield state if is_main else None
+
+
+def _save_config(source: Path, folder: Path, tokenizer: Any) -> None:
+    config = AutoConfig.from_pretrained(source)
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if (source / "generation_config.json").exists():
+        GenerationConfig.from_pretrained(source).save_pretrained(folder)
