@@ -1,0 +1,1 @@
+"""Measure rollouts that a run has saved. Never imports katds.train."""

@@ -1,0 +1,1 @@
+"""Measure models: avg@k and pass@k through the rollout engine. Never imports katds.train."""

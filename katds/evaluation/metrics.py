@@ -1,0 +1,102 @@
+"""Scores of an evaluation: avg@n, pass@k by its unbiased estimator, lengths, and bootstrap intervals over problems."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+RESAMPLES = 2000
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Chance that k of n samples, c of them right, hold a right one: 1 - C(n-c, k) / C(n, k) (arXiv 2107.03374, eq. 1).
+
+    As a product of ratios below 1, so that no binomial overflows. Raises ValueError unless 0 <= c <= n and 1 <= k <= n.
+    """
+    if not (0 <= c <= n and 1 <= k <= n):
+        raise ValueError(f"pass@k needs 0 <= c <= n and 1 <= k <= n; got n={n}, c={c}, k={k}")
+    all_wrong = 1.0
+    for i in range(k):
+        all_wrong *= max(0, n - c - i) / (n - i)
+    return 1.0 - all_wrong
+
+
+def avg_at_k(n: int, c: int) -> float:
+    """Share of right samples. Raises ValueError unless 0 <= c <= n and n >= 1."""
+    if not (n >= 1 and 0 <= c <= n):
+        raise ValueError(f"avg@n needs 0 <= c <= n and n >= 1; got n={n}, c={c}")
+    return c / n
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One graded response."""
+
+    correct: bool
+    tokens: int
+    finished: bool  # ended by an end token, not by its maximum length
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A mean over problems with its 95% bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What an evaluation found."""
+
+    problems: int
+    samples: int  # per problem, the n of avg@n
+    k: int
+    average: Estimate
+    passed: Estimate
+    mean_tokens: float
+    finished: float
+
+    def metrics(self) -> dict[str, float]:
+        """By name, without a prefix: avg@8, avg@8_low, avg@8_high, pass@4, ..., length_mean, finished."""
+        named = {f"avg@{self.samples}": self.average, f"pass@{self.k}": self.passed}
+        values: dict[str, float] = {}
+        for name, estimate in named.items():
+            values |= {name: estimate.mean, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+        return values | {"length_mean": self.mean_tokens, "finished": self.finished}
+
+
+def score(problems: Sequence[Sequence[Sample]], k: int, seed: int = 0) -> Scores:
+    """Scores of the samples of each problem. Raises ValueError without problems or if they differ in sample count."""
+    counts = sorted({len(samples) for samples in problems})
+    if len(counts) != 1:
+        raise ValueError(f"every problem needs the same number of samples; got {counts or 'no problems'}")
+    n = counts[0]
+    correct = [sum(sample.correct for sample in samples) for samples in problems]
+    everything = [sample for samples in problems for sample in samples]
+    return Scores(
+        problems=len(problems),
+        samples=n,
+        k=k,
+        average=bootstrap([avg_at_k(n, c) for c in correct], seed),
+        passed=bootstrap([pass_at_k(n, c, k) for c in correct], seed),
+        mean_tokens=sum(sample.tokens for sample in everything) / len(everything),
+        finished=sum(sample.finished for sample in everything) / len(everything),
+    )
+
+
+def bootstrap(values: Sequence[float], seed: int, resamples: int = RESAMPLES) -> Estimate:
+    """Mean and 95% percentile interval of the mean over resampled problems; reproducible by its seed.
+
+    Problems, not samples, are resampled: samples of one problem are not independent, and the question is how the score
+    would be on other problems of the kind. One problem gives an interval of no width.
+    """
+    data = np.asarray(values, dtype=np.float64)
+    draws = np.random.default_rng(seed)
+    # One resample at a time: the whole [resamples, problems] matrix would be large for large evaluations.
+    means = [data[draws.integers(len(data), size=len(data))].mean() for _ in range(resamples)]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return Estimate(float(data.mean()), float(low), float(high))

@@ -1,0 +1,1 @@
+"""The training loop, the learner, the learning-rate schedule and the monitor."""

@@ -1,0 +1,155 @@
+"""One update: packed forward, objective in vocabulary tiles, backward, optimizer step.
+
+Invariants: the gradient is that of (sum of token losses over all ranks and micro-batches) / (kept tokens over all ranks), whatever
+the number of ranks, the micro-batches and the order of packing. The teacher is not called: its signal came with the rollouts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import torch
+
+from katds.core.collective import Collective
+from katds.core.objectives import Objective
+from katds.core.types import Field, Need, RolloutBatch, RolloutRequest
+from katds.models.attention import PackedPlan
+from katds.models.tiled_head import head_logprobs, tiled_loss
+from katds.rollout.engine import PhaseClock
+from katds.train.share import Share, deal, survey
+
+Head = tuple[torch.Tensor, torch.Tensor | None]
+
+
+class Student(Protocol):
+    """What the learner needs of a training engine; see `katds.parallel.zero.ZeroStudent`."""
+
+    def forward(self, **inputs: Any) -> Any: ...
+    def backward(self, loss: torch.Tensor, last: bool) -> None: ...
+    def step(self, lr: float) -> float: ...
+
+
+class TeacherHead(Protocol):
+    def head_weight(self) -> AbstractContextManager[Head]: ...
+
+
+class Learner:
+    """Updates the student from scored rollouts.
+
+    Args:
+        teacher: asked for its head's weight only, and only by objectives over the full vocabulary.
+        lr: optimizer step number -> learning rate.
+        minibatches: optimizer steps per call; rollouts are dealt to them by place in the step.
+        budget: tokens of a micro-batch on one rank.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        teacher: TeacherHead,
+        objective: Objective,
+        collective: Collective,
+        *,
+        lr: Callable[[int], float],
+        temperature: float,
+        minibatches: int,
+        budget: int,
+        device: torch.device,
+        clock: PhaseClock,
+    ) -> None:
+        self._student, self._teacher, self._objective, self._collective = student, teacher, objective, collective
+        self._lr, self._temperature, self._minibatches, self._budget = lr, temperature, minibatches, budget
+        self._device, self._clock = device, clock
+
+    def update(self, batch: RolloutBatch, requests: list[RolloutRequest], step: int) -> dict[str, float]:
+        """Collective: learns from one step's rollouts; returns means per kept token over all ranks, learning rate, gradient norm."""
+        kept = survey(batch, requests, self._collective)
+        totals: dict[str, float] = {}
+        report = {"tokens": 0.0, "micro_batches": 0.0}
+        needs_head = Need.FULL in self._objective.needs
+        with self._teacher.head_weight() if needs_head else nullcontext() as head:
+            for minibatch in range(self._minibatches):
+                chosen = range(minibatch, len(requests), self._minibatches)
+                with self._clock("pack"):
+                    share = deal(batch, requests, kept, chosen, self._budget, self._collective, self._device)
+                if share.tokens == 0:
+                    continue
+                sums = self._learn(share, head)
+                with self._clock("optimizer"):
+                    report["lr"] = self._lr(step * self._minibatches + minibatch)
+                    report["gradient_norm"] = self._student.step(report["lr"])
+                for key, value in sums.items():
+                    totals[key] = totals.get(key, 0.0) + value
+                report["tokens"] += share.tokens
+                report["micro_batches"] += len(share.micro_batches)
+        return report | {key: value / report["tokens"] for key, value in totals.items()}
+
+    def _learn(self, share: Share, head: Head | None) -> dict[str, float]:
+        """Forward and backward of all micro-batches; returns the sums over all ranks."""
+        scale = self._collective.size / share.tokens  # DeepSpeed averages gradients over ranks
+        sums: dict[str, torch.Tensor] = {}
+        for i, members in enumerate(share.micro_batches):
+            with self._clock("forward"):
+                loss, parts = self._forward(share, members, head)
+            with self._clock("backward"):
+                self._student.backward(loss * scale, last=i == len(share.micro_batches) - 1)
+            for key, value in parts.items():
+                sums[key] = sums[key] + value if key in sums else value
+        keys = sorted(sums)
+        total = self._collective.sum(torch.stack([sums[key].double() for key in keys]).cpu())
+        return dict(zip(keys, total.tolist(), strict=True))
+
+    def _forward(
+        self, share: Share, members: list[int], head: Head | None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The sum of token losses of one micro-batch. Without members one dummy token keeps the gathers in step."""
+        inputs, positions, plan, rows, picked = self._pack(share, members)
+        actions = share.actions[picked]
+        signal = {key: value[picked] for key, value in share.signal.items()}
+
+        def tile(logprobs: torch.Tensor, at: slice) -> dict[str, torch.Tensor]:
+            part: dict[Field, torch.Tensor] = {key: value[at] for key, value in signal.items()}
+            return self._objective.tile(logprobs, actions[at], self._with_teacher(part, head))
+
+        def objective(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
+            return tiled_loss(hidden, weight, bias, self._temperature, tile)
+
+        loss, sums = self._student.forward(
+            input_ids=inputs, position_ids=positions, plan=plan, rows=rows, head=objective
+        )
+        return loss, {"loss": loss.detach(), **sums}
+
+    def _with_teacher(self, signal: dict[Field, torch.Tensor], head: Head | None) -> Mapping[Field, torch.Tensor]:
+        if head is None:
+            return signal
+        weight, bias = head
+        with torch.no_grad():
+            signal[Field.TEACHER_LOGPROBS] = head_logprobs(signal.pop(Field.HIDDEN), weight, bias, self._temperature)
+        return signal
+
+    def _pack(
+        self, share: Share, members: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor, PackedPlan, torch.Tensor, torch.Tensor]:
+        """Flat inputs and positions, the attention plan, the inputs that predict kept tokens, and their rows in the share."""
+        pieces, lengths, rows, picked, at = [], [], [], [], 0
+        for i in members:
+            prompt, span = share.requests[i].prompt.token_ids, share.spans[i]
+            # The last kept token is predicted, never read.
+            pieces += [torch.tensor(prompt, device=self._device), share.actions[span][:-1]]
+            count = span.stop - span.start
+            rows.append(torch.arange(at + len(prompt) - 1, at + len(prompt) - 1 + count))
+            picked.append(torch.arange(span.start, span.stop))
+            lengths.append(len(prompt) + count - 1)
+            at += lengths[-1]
+        if not members:
+            pieces, lengths, rows, picked = (
+                [torch.zeros(1, dtype=torch.int64, device=self._device)],
+                [1],
+                [torch.empty(0, dtype=torch.int64)],
+                [torch.empty(0, dtype=torch.int64)],
+            )
+        positions = torch.cat([torch.arange(n) for n in lengths]).to(self._device)
+        plan = PackedPlan.of(lengths, self._device)
+        return torch.cat(pieces), positions, plan, torch.cat(rows).to(self._device), torch.cat(picked).to(self._device)

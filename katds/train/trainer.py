@@ -1,0 +1,93 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from katds.core.collective import Collective
+from katds.core.stop.base import StopRule
+from katds.core.types import Rollout
+from katds.rollout.engine import RolloutEngine
+from katds.rollout.requests import RequestStream
+from katds.train.learner import Learner
+from katds.train.monitor import Monitor
+from katds.train.statistics import step_metrics, step_sums
+
+
+class Checkpoints(Protocol):
+    def save(self, step: int) -> None: ...
+
+
+@dataclass(slots=True)
+class Trainer:
+    """On-policy distillation: write and score rollouts, learn from them, adapt the stop rule, again.
+
+    `evaluate` and `correct` are None without evaluation data or reference answers.
+    """
+
+    requests: RequestStream
+    engine: RolloutEngine
+    learner: Learner
+    rule: StopRule
+    collective: Collective
+    monitor: Monitor
+    steps: int
+    evaluate: Callable[[], Mapping[str, float]] | None
+    correct: Callable[[Rollout], bool] | None
+    evaluate_every: int
+    checkpoint_every: int
+    before: Mapping[str, float] | None = None  # scores of the untrained and of the trained student
+    after: Mapping[str, float] | None = None
+
+    def train(self, start: int, checkpoints: Checkpoints) -> None:
+        """Collective: steps start .. steps-1."""
+        if start == 0:
+            self.before = self._evaluate(0)
+        for step in range(start, self.steps):
+            self._step(step)
+            done = step + 1
+            if done == self.steps or _due(done, self.evaluate_every):
+                self.after = self._evaluate(done)
+            if done == self.steps or _due(done, self.checkpoint_every):
+                with self.monitor.phase("checkpoint"):
+                    checkpoints.save(done)
+
+    def _step(self, step: int) -> None:
+        requests = self.requests.step(step)
+        with self.monitor.phase("rollout"):
+            batch = self.engine.generate(requests, stream=step)
+        with self.monitor.phase("learn"):
+            learned = self.learner.update(batch, requests, step)
+        with self.monitor.phase("report"):
+            self.rule.finish_step(self.collective, requests[0].id, len(requests))
+            sums = step_sums(batch.rollouts, self.engine.stats.decoded_tokens, self.correct, self.collective)
+        metrics = {**step_metrics(sums, graded=self.correct is not None), **self.rule.metrics()}
+        self.monitor.step(step, sums, metrics, learned, batch.rollouts)
+
+    def _evaluate(self, done: int) -> Mapping[str, float] | None:
+        if self.evaluate is None:
+            return None
+        with self.monitor.phase("evaluation"):
+            scores = self.evaluate()
+        self.monitor.evaluation(done, scores)
+        return scores
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of a run's state outside the engines, JSON-compatible. The prompt cursor and the sampling follow from the step."""
+        return {
+            "rule": self.rule.state_dict(),
+            "monitor": self.monitor.state_dict(),
+            "before": self.before,
+            "after": self.after,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.rule.load_state_dict(state["rule"])
+        self.monitor.load_state_dict(state["monitor"])
+        self.before, self.after = state["before"], state["after"]
+
+
+def _due(done: int, every: int) -> bool:
+    return every > 0 and done % every == 0
