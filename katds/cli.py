@@ -16,11 +16,12 @@ from typing import Any, NamedTuple, NoReturn
 import yaml
 from pydantic import ValidationError
 
-from katds.config import Recipe, leaf_types
+from katds.config import Recipe
 from katds.errors import ConfigError, KatdsError
 from katds.recipe_errors import explain
 from katds.recipe_help import help_text
 from katds.schema import default_kinds, leaves
+from katds.settings import leaf_types
 
 LAUNCHER_FLAGS = ("local_rank", "local-rank")
 # DeepSpeed's launcher looks for failed ranks once a second and then ends the others.

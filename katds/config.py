@@ -6,48 +6,18 @@ where the paper states one. `katds.cli` reads files and flags; `katds.run` turns
 
 from __future__ import annotations
 
+from functools import reduce
+from operator import or_
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, model_validator
 
-NUMBERS = {int, float, type(None)}
-
-
-def leaf_types(annotation: Any) -> set[Any]:
-    """The types that a value may have: `Annotated[int, ...] | None` gives {int, NoneType}; `tuple[int]`, {tuple}."""
-    origin = get_origin(annotation)
-    if origin is Annotated:
-        return leaf_types(get_args(annotation)[0])
-    if origin in (Union, UnionType):
-        return set().union(*map(leaf_types, get_args(annotation)))
-    return {origin or annotation}
-
-
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Nucleus = Annotated[float, Field(gt=0, le=1)]
-Moment = Annotated[float, Field(ge=0, lt=1)]
-Scale = Annotated[float, Field(ge=0)]
-Rate = Annotated[float, Field(gt=0)]
-
-
-class Section(BaseModel):
-    """Frozen; an unknown key is an error. Docstrings and descriptions of its subclasses are the text of `--help`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_truth_value_as_number(cls, data: Any) -> Any:
-        for name, info in cls.model_fields.items():
-            # pydantic would read `window: yes` as 1.
-            if isinstance(data, dict) and isinstance(data.get(name), bool) and leaf_types(info.annotation) <= NUMBERS:
-                raise PydanticCustomError("truth_value", "a truth value is not a number", {"field": name})
-        return data
+from katds.core.objectives import OBJECTIVES
+from katds.core.objectives.reverse_kl import ReverseKlSettings
+from katds.core.stop import STOP_RULES
+from katds.core.stop.kat import KatSettings
+from katds.settings import Count, Moment, Nucleus, Positive, Rate, Scale, Section, Share
 
 
 class ModelConfig(Section):
@@ -93,110 +63,6 @@ class RolloutConfig(Section):
     divergence_top_k: Positive = Field(
         64, description="student tokens that the per-token reverse KL is computed on; the rest is one tail bucket"
     )
-
-
-class ThresholdConfig(Section):
-    """KAT's threshold: a quantile of the smallest window divergences of recent rollouts."""
-
-    eta: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.3, description="the threshold is the 1-eta quantile of recent rollout minima"
-    )
-    capacity: Positive = Field(4096, description="minima kept (first in, first out)")
-    min_entries: Positive = Field(512, description="nothing is terminated before so many minima are known")
-    min_steps: Count = Field(50, description="nothing is terminated in the first so many steps")
-    source: Literal["auto", "audit", "completed", "all"] = Field(
-        "auto",
-        description="whose minima enter: the audit group's (unbiased), those of rollouts that ended by themselves "
-        "(biased high), all (biased low); auto: audit if it refills the queue four times in the run, else completed",
-    )
-
-
-class KatConfig(Section):
-    """End a rollout once its windowed divergence stays below an adaptive threshold (arXiv 2606.09471)."""
-
-    kind: Literal["kat"] = "kat"
-    window: Positive = Field(64, description="W, tokens per window")
-    stride: Positive | None = Field(None, description="tokens between windows; default W/4")
-    persistence: Positive = Field(4, description="T, consecutive low windows that end a rollout")
-    min_kept: Count | None = Field(None, description="L0, no cut before this token; default 2W")
-    threshold: ThresholdConfig = ThresholdConfig()
-
-    @property
-    def resolved_stride(self) -> int:
-        return self.stride if self.stride is not None else max(1, self.window // 4)
-
-    @property
-    def resolved_min_kept(self) -> int:
-        return self.min_kept if self.min_kept is not None else 2 * self.window
-
-
-class NeverConfig(Section):
-    """Every rollout runs to its end: plain on-policy distillation."""
-
-    kind: Literal["never"] = "never"
-
-
-class PrefixConfig(Section):
-    """Every rollout ends at the same length."""
-
-    kind: Literal["prefix"] = "prefix"
-    tokens: Positive = Field(1024, description="length at which every rollout ends")
-
-
-class RandomConfig(Section):
-    """Every rollout ends at a random length: the control for saved tokens."""
-
-    kind: Literal["random"] = "random"
-    min_tokens: Positive = Field(1, description="shortest cut")
-    max_tokens: Positive = Field(4096, description="longest cut; lengths are uniform in between")
-
-    @model_validator(mode="after")
-    def _ordered(self) -> RandomConfig:
-        if self.min_tokens > self.max_tokens:
-            raise ValueError(
-                f"stop.min_tokens {self.min_tokens} is larger than stop.max_tokens {self.max_tokens}; "
-                "lower stop.min_tokens"
-            )
-        return self
-
-
-StopConfig = Annotated[KatConfig | NeverConfig | PrefixConfig | RandomConfig, Field(discriminator="kind")]
-
-
-class ReverseKlConfig(Section):
-    """KL(student || teacher) at every kept token."""
-
-    kind: Literal["reverse_kl"] = "reverse_kl"
-    support: Literal["student_top_k", "full"] = Field(
-        "student_top_k", description="student's top K plus a tail bucket (published), or the whole vocabulary (exact)"
-    )
-
-
-class ForwardKlConfig(Section):
-    """KL(teacher || student) at every kept token."""
-
-    kind: Literal["forward_kl"] = "forward_kl"
-    support: Literal["teacher_top_k", "full"] = Field(
-        "teacher_top_k", description="teacher's top K plus a tail bucket, or the whole vocabulary"
-    )
-
-
-class JsdConfig(Section):
-    """Generalised Jensen-Shannon divergence over the whole vocabulary at every kept token."""
-
-    kind: Literal["jsd"] = "jsd"
-    beta: Share = Field(0.5, description="0 forward KL, 1 reverse KL (GKD, arXiv 2306.13649)")
-
-
-class PolicyGradientConfig(Section):
-    """The sampled token's log-ratio as its reward; the teacher scores one token per position."""
-
-    kind: Literal["policy_gradient"] = "policy_gradient"
-
-
-ObjectiveConfig = Annotated[
-    ReverseKlConfig | ForwardKlConfig | JsdConfig | PolicyGradientConfig, Field(discriminator="kind")
-]
 
 
 class OptimizerConfig(Section):
@@ -281,6 +147,13 @@ class RunConfig(Section):
     rollout_samples: Count = Field(4, description="rollouts per step written to rollouts/, with their per-token KL")
 
 
+# The kinds of a union are those of the dict: a new method is a file and a line there, and none here.
+StopConfig: Any = Annotated[reduce(or_, (rule.Settings for rule in STOP_RULES.values())), Field(discriminator="kind")]
+ObjectiveConfig: Any = Annotated[
+    reduce(or_, (loss.Settings for loss in OBJECTIVES.values())), Field(discriminator="kind")
+]
+
+
 class Recipe(Section):
     """One run of on-policy distillation."""
 
@@ -289,8 +162,8 @@ class Recipe(Section):
     teacher: ModelConfig
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
-    stop: StopConfig = KatConfig()
-    objective: ObjectiveConfig = ReverseKlConfig()
+    stop: StopConfig = KatSettings()
+    objective: ObjectiveConfig = ReverseKlSettings()
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -298,7 +171,8 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         rollout, train, evaluation = self.rollout, self.train, self.evaluation
-        _check_stop(self.stop, rollout)
+        self.stop.check(rollout.max_new_tokens, rollout.temperature, rollout.audit_fraction)
+        self.objective.check(rollout.top_p < 1 or rollout.top_k > 0 or rollout.min_p > 0, train.minibatches)
         if train.minibatches > rollout.prompts_per_step * rollout.samples_per_prompt:
             raise ValueError(
                 f"train.minibatches {train.minibatches} exceeds the rollouts of a step (rollout.prompts_per_step "
@@ -309,45 +183,3 @@ class Recipe(Section):
                 f"evaluation.k {evaluation.k} exceeds evaluation.samples {evaluation.samples}; raise evaluation.samples"
             )
         return self
-
-
-def _check_stop(stop: StopConfig, rollout: RolloutConfig) -> None:
-    longest = rollout.max_new_tokens
-    if isinstance(stop, KatConfig):
-        _check_kat(stop, longest)
-        if rollout.audit_fraction == 0 and stop.threshold.source == "audit":
-            raise ValueError(
-                "stop.threshold.source is 'audit' but rollout.audit_fraction is 0; raise rollout.audit_fraction"
-            )
-        if rollout.temperature == 0:
-            raise ValueError("rollout.temperature is 0: the divergence of a greedy policy is undefined; set it above 0")
-    if isinstance(stop, PrefixConfig) and stop.tokens > longest:
-        raise ValueError(
-            f"stop.tokens {stop.tokens} is longer than rollout.max_new_tokens {longest}; lower stop.tokens"
-        )
-    if isinstance(stop, RandomConfig) and stop.min_tokens > longest:
-        raise ValueError(
-            f"stop.min_tokens {stop.min_tokens} is longer than rollout.max_new_tokens {longest}; lower stop.min_tokens"
-        )
-
-
-def _check_kat(stop: KatConfig, longest: int) -> None:
-    if stop.window > longest:
-        raise ValueError(
-            f"stop.window {stop.window} is longer than rollout.max_new_tokens {longest}; lower stop.window"
-        )
-    if stop.resolved_min_kept >= longest:
-        raise ValueError(
-            f"stop.min_kept {stop.resolved_min_kept} leaves nothing to cut below rollout.max_new_tokens {longest}; "
-            "lower stop.min_kept"
-        )
-    if stop.resolved_stride > stop.window:
-        raise ValueError(
-            f"stop.stride {stop.resolved_stride} is longer than stop.window {stop.window}: tokens would go unseen; "
-            "lower stop.stride"
-        )
-    if stop.threshold.min_entries > stop.threshold.capacity:
-        raise ValueError(
-            f"stop.threshold.min_entries {stop.threshold.min_entries} is never reached with stop.threshold.capacity "
-            f"{stop.threshold.capacity}; raise stop.threshold.capacity"
-        )

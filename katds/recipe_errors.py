@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from katds.config import Section
 from katds.schema import allowed, leaves, members
+from katds.settings import Section
 
 UNKNOWN = ("extra_forbidden", "invalid_key")
 

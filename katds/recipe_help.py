@@ -9,8 +9,9 @@ from pathlib import Path
 
 from pydantic.fields import FieldInfo
 
-from katds.config import Recipe, Section
+from katds.config import Recipe
 from katds.schema import allowed, members
+from katds.settings import Section
 
 WIDTH, COLUMN = 100, 40
 

@@ -14,11 +14,11 @@ from typing import Any, TypeVar
 from transformers import AutoTokenizer
 
 from katds.cli import dump_recipe
-from katds.config import KatConfig, Recipe
+from katds.config import Recipe
 from katds.core.collective import Collective
 from katds.core.objectives import OBJECTIVES
 from katds.core.stop import STOP_RULES
-from katds.core.stop.base import StopRule
+from katds.core.stop.base import RunFacts, StopRule
 from katds.core.stop.simple import NeverRule
 from katds.core.types import Rollout
 from katds.data.grading import Grader, make_grader
@@ -185,7 +185,7 @@ def _load_models(recipe: Recipe, inputs: Inputs, load_universal: bool) -> tuple[
 def _assemble(
     recipe: Recipe, inputs: Inputs, world: World, student: ZeroStudent, teacher: ZeroFrozen, monitor: Monitor
 ) -> Trainer:
-    objective = OBJECTIVES[recipe.objective.kind](recipe.objective)
+    objective = OBJECTIVES[recipe.objective.kind].from_settings(recipe.objective)
     rollout, optimizer = recipe.rollout, recipe.train.optimizer
     rule = make_rule(recipe, inputs.steps)
     requests = RequestStream(
@@ -228,14 +228,10 @@ def _assemble(
 
 
 def make_rule(recipe: Recipe, steps: int) -> StopRule:
-    """The stop rule; `auto` becomes the audit group where that refills the queue at least four times in the run."""
-    stop, rollout = recipe.stop, recipe.rollout
-    source = "completed"
-    if isinstance(stop, KatConfig):
-        audited = steps * rollout.prompts_per_step * rollout.samples_per_prompt * rollout.audit_fraction
-        refills = audited >= 4 * stop.threshold.capacity
-        source = stop.threshold.source if stop.threshold.source != "auto" else "audit" if refills else "completed"
-    return STOP_RULES[stop.kind](stop, recipe.run.seed, source)  # type: ignore[arg-type]
+    rollout = recipe.rollout
+    per_step = rollout.prompts_per_step * rollout.samples_per_prompt
+    facts = RunFacts(recipe.run.seed, steps, per_step, recipe.train.minibatches, rollout.audit_fraction)
+    return STOP_RULES[recipe.stop.kind].from_settings(recipe.stop, facts)
 
 
 def make_evaluator(

@@ -9,7 +9,7 @@ from typing import Annotated, Any, NamedTuple, get_args
 from pydantic import TypeAdapter
 from pydantic.fields import FieldInfo
 
-from katds.config import Section
+from katds.settings import Section
 
 Members = dict[str, type[Section]]
 

@@ -1,13 +1,15 @@
 """Divergences between the student p and the teacher q, per token, from log-probabilities.
 
-Every function reduces the last axis, takes float32 or float64, returns nats in that type and can be differentiated, except
-`sampled_reverse_kl`. The student always comes first, whatever the direction of the divergence.
+Every function reduces the last axis, takes float32 or float64, returns nats in that type and can be differentiated,
+except `sampled_reverse_kl`. The student always comes first, whatever the direction of the divergence.
 
-A log-probability of -inf is a probability of zero: it adds nothing to a sum and its gradient is zero. Where the first distribution of a
-KL has mass and the second has none, the KL is +inf, as it must be.
+A log-probability of -inf is a probability of zero: it adds nothing to a sum and its gradient is zero. Where the first
+distribution of a KL has mass and the second has none, the KL is +inf, as it must be.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 
@@ -25,7 +27,8 @@ def reverse_kl(p_logprobs: torch.Tensor, q_logprobs: torch.Tensor) -> torch.Tens
     Cost: three float tensors and one bool tensor of the input's size, kept for the backward pass.
     """
     probabilities = p_logprobs.exp()
-    # Both logs may be -inf, or p may underflow against q = 0: 0 * (inf or nan) would poison the value and every gradient.
+    # Both logs may be -inf, or p may underflow against q = 0: 0 * (inf or nan) would poison the value and every
+    # gradient.
     log_ratio = (p_logprobs - q_logprobs).masked_fill(probabilities == 0, 0.0)
     return (probabilities * log_ratio).sum(-1)
 
@@ -38,8 +41,9 @@ def forward_kl(p_logprobs: torch.Tensor, q_logprobs: torch.Tensor) -> torch.Tens
 def generalised_jsd(p_logprobs: torch.Tensor, q_logprobs: torch.Tensor, beta: float) -> torch.Tensor:
     """JSD(beta) = beta KL(q || m) + (1-beta) KL(p || m), m = beta q + (1-beta) p (GKD, arXiv 2306.13649, eq. 1).
 
-    beta 0 is the forward KL and 1 the reverse KL by definition, as in TRL and in DeepSpeed. The inside of the interval does not join them:
-    the formula vanishes at both ends (JSD/beta tends to the forward KL), so the scale of the loss jumps there.
+    beta 0 is the forward KL and 1 the reverse KL by definition, as in TRL and in DeepSpeed. The inside of the
+    interval does not join them: the formula vanishes at both ends (JSD/beta tends to the forward KL), so the scale of
+    the loss jumps there.
 
     Raises:
         ValueError: beta outside [0, 1].
@@ -50,10 +54,8 @@ def generalised_jsd(p_logprobs: torch.Tensor, q_logprobs: torch.Tensor, beta: fl
         return forward_kl(p_logprobs, q_logprobs)
     if beta == 1.0:
         return reverse_kl(p_logprobs, q_logprobs)
-    weight_q = torch.tensor(beta, dtype=torch.float64)
-    mixture = torch.logaddexp(
-        _finite(p_logprobs) + torch.log1p(-weight_q).item(), _finite(q_logprobs) + torch.log(weight_q).item()
-    )
+    # One finite side is enough: log(0 + 0) has no slope, and inf - inf in its gradient would be nan.
+    mixture = torch.logaddexp(p_logprobs + math.log1p(-beta), _finite(q_logprobs) + math.log(beta))
     return beta * reverse_kl(q_logprobs, mixture) + (1.0 - beta) * reverse_kl(p_logprobs, mixture)
 
 
@@ -65,9 +67,10 @@ def entropy(logprobs: torch.Tensor) -> torch.Tensor:
 def tail_logprob(top_logprobs: torch.Tensor) -> torch.Tensor:
     """log(1 - P_S): the mass outside S from the log-probabilities [..., K] in S -> [...].
 
-    Accuracy in float32 (K = 64, V = 32768, against float64, tails from 0.97 to 1e-32): the tail mass is off by at most 6e-6, which is the rounding
-    of log_softmax itself; summing the K entries in float64 changes nothing. Below epsilon (1.2e-7; also K >= V, where nothing
-    is left) the result stays at log(epsilon) = -15.9 and passes no gradient on; log(0) and its infinite slope never occur.
+    Accuracy in float32 (K = 64, V = 32768, against float64, tails from 0.97 to 1e-32): the tail mass is off by at
+    most 6e-6, which is the rounding of log_softmax itself; summing the K entries in float64 changes nothing. Below
+    epsilon (1.2e-7; also K >= V, where nothing is left) the result stays at log(epsilon) = -15.9 and passes no
+    gradient on; log(0) and its infinite slope never occur.
     """
     log_mass = _finite(top_logprobs).logsumexp(-1)
     log_mass = log_mass.clamp(max=-torch.finfo(top_logprobs.dtype).eps)
@@ -75,10 +78,11 @@ def tail_logprob(top_logprobs: torch.Tensor) -> torch.Tensor:
 
 
 def top_k_tail_reverse_kl(p_top: torch.Tensor, q_top: torch.Tensor) -> torch.Tensor:
-    """sum_S p log(p/q) + (1-P_S) log((1-P_S)/(1-Q_S)): KL(p || q) on K tokens and one bucket for the rest (arXiv 2606.09471).
+    """sum_S p log(p/q) + (1-P_S) log((1-P_S)/(1-Q_S)): KL(p || q) on K tokens and one bucket for the rest.
 
-    S is any set of tokens; with the student's K most probable ones it is KAT's d_t. A lower bound of the full reverse KL (data-processing
-    inequality). Without the bucket the sum would be biased and its gradient would push mass out of S, so no such variant exists here.
+    S is any set of tokens; with the student's K most probable ones it is KAT's d_t (arXiv 2606.09471). A lower bound
+    of the full reverse KL (data-processing inequality). Without the bucket the sum would be biased and its gradient
+    would push mass out of S, so no such variant exists here.
 
     Args:
         p_top: [..., K] student log-probabilities at S, normalised over the whole vocabulary.
@@ -92,15 +96,19 @@ def top_k_tail_reverse_kl(p_top: torch.Tensor, q_top: torch.Tensor) -> torch.Ten
 
 
 def top_k_tail_forward_kl(p_top: torch.Tensor, q_top: torch.Tensor) -> torch.Tensor:
-    """sum_S q log(q/p) + (1-Q_S) log((1-Q_S)/(1-P_S)): KL(q || p) on K tokens and one bucket; S is the teacher's top K. See the reverse."""
+    """sum_S q log(q/p) + (1-Q_S) log((1-Q_S)/(1-P_S)): KL(q || p) on K tokens and one bucket.
+
+    S is any set of tokens; forward KL has its weight on the teacher's K most probable ones. Shapes, units and accuracy
+    as `top_k_tail_reverse_kl`.
+    """
     return forward_kl(_with_tail(p_top), _with_tail(q_top))
 
 
 def sampled_reverse_kl(p_sampled: torch.Tensor, q_sampled: torch.Tensor) -> torch.Tensor:
     """log p(y) - log q(y) at tokens y sampled from p: the k1 estimate of KL(p || q). Value only, [...] -> [...] nats.
 
-    The result is detached, so that it cannot be differentiated: the gradient of log p(y) averages to zero under p and says nothing about the
-    KL. The objective `policy_gradient` has the right gradient.
+    The result is detached, so that it cannot be differentiated: the gradient of log p(y) averages to zero under p and
+    says nothing about the KL. The objective `policy_gradient` has the right gradient.
     """
     return (p_sampled - q_sampled).detach()
 

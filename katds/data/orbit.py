@@ -9,8 +9,9 @@ Every problem ends. But one wrong product leads onto another orbit, and most orb
 goes round for ever, each of its steps correct. A teacher that reads such a rollout agrees with all of it, so nothing is
 left to learn there: a trap for distillation that comes from the task, without any planted repetition.
 
-Three kinds of traces are made here: clean ones, off-path ones (a few results replaced; they teach the teacher to go on
-correctly from any prefix), and noisy ones (the student's schooling: some products are usually wrong).
+Three kinds of traces are made here: clean ones, off-path ones (some results slipped; from them the teacher learns to
+go on correctly from any prefix), and noisy ones (the student's schooling: it learns misconceptions, wrong products that
+it believes in).
 
 Invariants: everything is a pure function of its arguments and seeds; a word is one token.
 """
@@ -30,6 +31,7 @@ MODULUS = 97
 ORDERS = (3, 4, 6, 8, 12, 16, 24)  # multiplicative orders of the multipliers, that is lengths of the orbits
 BOUNDS = (2, 3, 4)
 STEP_TOKENS = 6  # "x * a = y ;"
+MAX_TOKENS = 1024  # prompt and response
 
 ANSWER_PATTERN = r"!\s*(\d+)(?:\s*<eos>)?\s*$"
 """Group 1 of `re.search` in a decoded response is the final answer; no match for a rollout that never ended."""
@@ -48,6 +50,7 @@ CHAT_TEMPLATE = (
 )
 
 Fact = tuple[int, int]  # (value, multiplier); its truth is value * multiplier mod MODULUS
+Result = Callable[[int, int], int]
 
 
 @dataclass(frozen=True, order=True)
@@ -73,7 +76,7 @@ class Problem:
 class Trace:
     """A response as words, and for each place the word a model should learn to write there.
 
-    The two differ where a wrong result was planted: the model reads the wrong one and learns the right one.
+    The two differ where a result slipped: the model reads the slip and learns what was meant.
     """
 
     words: tuple[str, ...]
@@ -121,6 +124,12 @@ def split_problems(seed: int, eval_size: int) -> tuple[list[Problem], list[Probl
     return problems[eval_size:], problems[:eval_size]
 
 
+def any_problem(rng: random.Random) -> Problem:
+    """A problem from anywhere, most of them without an end: where a wrong product may lead."""
+    bound = rng.choice(BOUNDS)
+    return Problem(rng.randrange(bound, MODULUS), rng.choice(multipliers()), bound)
+
+
 def prompt_words(problem: Problem) -> list[str]:
     """The prompt's tokens, as the chat template writes them."""
     return [USER, *problem.prompt.split(), ASSISTANT]
@@ -131,24 +140,26 @@ def clean_trace(problem: Problem) -> tuple[str, ...]:
     return _walk(problem, product, max_steps=MODULUS)
 
 
-def off_path_trace(problem: Problem, rng: random.Random, error_rate: float, max_steps: int) -> Trace:
-    """A chain in which each result is, with probability `error_rate`, replaced by any number.
+def off_path_trace(
+    problem: Problem, rng: random.Random, slip_rate: float, max_steps: int, result: Result = product
+) -> Trace:
+    """A chain in which each result is, with probability `slip_rate`, replaced by any number.
 
-    Shows a teacher how to go on correctly from a prefix that contains mistakes, including on orbits that never end.
+    The model reads the slip and learns `result`. Without slips a chain that goes round would teach to copy the product
+    written a round ago, not to compute it: a slip takes it to where it has not been.
     """
-    planted: dict[int, str] = {}  # place of the wrong word -> right word
+    targets: dict[int, str] = {}
     place = STEP_TOKENS - 2
 
-    def corrupted(value: int, multiplier: int) -> int:
+    def slipping(value: int, multiplier: int) -> int:
         nonlocal place
-        right = product(value, multiplier)
-        written = rng.randrange(1, MODULUS) if rng.random() < error_rate else right
-        planted[place] = str(right)
+        meant = result(value, multiplier)
+        targets[place] = str(meant)
         place += STEP_TOKENS
-        return written
+        return rng.randrange(1, MODULUS) if rng.random() < slip_rate else meant
 
-    words = _walk(problem, corrupted, max_steps)
-    return Trace(words, tuple(planted.get(index, word) for index, word in enumerate(words)))
+    words = _walk(problem, slipping, max_steps)
+    return Trace(words, tuple(targets.get(index, word) for index, word in enumerate(words)))
 
 
 def misconceptions(seed: int, share: float = 1 / 3) -> dict[Fact, int]:
@@ -158,24 +169,26 @@ def misconceptions(seed: int, share: float = 1 / 3) -> dict[Fact, int]:
     the student is as right as the teacher: whoever gets there meets no disagreement any more.
     """
     rng = random.Random(f"misconceptions {seed}")
-    used = [
-        (value, a) for a in multipliers() for value in range(1, MODULUS) if min(orbit(value, a)) < max(BOUNDS)
-    ]
+    used = [(value, a) for a in multipliers() for value in range(1, MODULUS) if min(orbit(value, a)) < max(BOUNDS)]
     chosen = sorted(rng.sample(used, round(share * len(used))))
     return {fact: _wrong_result(fact, rng) for fact in chosen}
 
 
 def noisy_trace(
-    problem: Problem, wrong: dict[Fact, int], rng: random.Random, wrong_rate: float, max_steps: int
+    problem: Problem,
+    rng: random.Random,
+    wrong: dict[Fact, int],
+    wrong_rate: float,
+    slip_rate: float,
+    max_steps: int,
 ) -> Trace:
-    """A student's chain: the facts in `wrong` come out wrong with probability `wrong_rate`, all others right."""
+    """An off-path trace that believes the facts in `wrong`: they come out wrong with probability `wrong_rate`."""
 
     def believed(value: int, multiplier: int) -> int:
         fact = (value, multiplier)
         return wrong[fact] if fact in wrong and rng.random() < wrong_rate else product(value, multiplier)
 
-    words = _walk(problem, believed, max_steps)
-    return Trace(words, words)
+    return off_path_trace(problem, rng, slip_rate, max_steps, believed)
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -195,11 +208,11 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         chat_template=CHAT_TEMPLATE,
         padding_side="left",
         clean_up_tokenization_spaces=False,  # would glue "!" to the number before it
-        model_max_length=512,
+        model_max_length=MAX_TOKENS,
     )
 
 
-def _walk(problem: Problem, result: Callable[[int, int], int], max_steps: int) -> tuple[str, ...]:
+def _walk(problem: Problem, result: Result, max_steps: int) -> tuple[str, ...]:
     """Writes steps with the given results until a value is below the bound, or `max_steps` are written."""
     words: list[str] = []
     value, a = problem.start, problem.multiplier

@@ -76,6 +76,8 @@ class RolloutEngine:
     ) -> None:
         if teacher is None and (needs or rule.needs_divergence):
             raise ValueError("an objective or stop rule needs the teacher's signal, but the engine has no teacher")
+        if settings.top_k < 1 and (rule.needs_divergence or Need.STUDENT_TOP_K in needs):
+            raise ValueError(f"top_k is {settings.top_k}; the divergence needs at least 1 of the student's best tokens")
         self._student = student
         self._rule = rule
         self._collective = collective
@@ -93,7 +95,9 @@ class RolloutEngine:
         `stream` names the random numbers together with the rollout ids, e.g. the training step.
         """
         self.stats = EngineStats()
-        queue, done, signal = list(requests), [], _SignalLog()
+        # Audit rollouts run to their natural end and are the longest: begun first, they do not prolong the phase.
+        queue = sorted(requests, key=lambda request: not request.audit)
+        done, signal = [], _SignalLog()
         with self._student.decoding() as model:
             phase = self._start(model, requests, stream)
             while True:
@@ -192,12 +196,10 @@ class RolloutEngine:
         seat.fresh = False
         written, reason = self._natural_end(seat, tokens)
         cut = self._rule.observe(seat.request, divergences[:written])
-        if cut is not None:
-            total = len(seat.response) + written
-            if seat.request.audit:
-                seat.cut = cut
-            elif cut.at < total or reason is None:
-                written, reason, seat.cut = cut.at - len(seat.response), self._rule.reason, cut
+        if cut is not None and (reason is None or cut.at < len(seat.response) + written):
+            seat.cut = cut
+            if not seat.request.audit:
+                written, reason = cut.at - len(seat.response), self._rule.reason
         seat.response += tokens[:written]
         if scored and self._settings.keep_divergences:
             seat.divergences += divergences[:written]

@@ -19,7 +19,9 @@ def aligned(signal: Signal, key: Field, logprobs_TV: torch.Tensor) -> torch.Tens
     """
     tensor = require(signal, key)
     if tensor.shape[0] != logprobs_TV.shape[0]:
-        raise ValueError(f"the teacher signal {key.value!r} has {tensor.shape[0]} rows for {logprobs_TV.shape[0]} tokens")
+        raise ValueError(
+            f"the teacher signal {key.value!r} has {tensor.shape[0]} rows for {logprobs_TV.shape[0]} tokens"
+        )
     return tensor
 
 
@@ -29,11 +31,11 @@ def gathered(logprobs_TV: torch.Tensor, ids_TK: torch.Tensor) -> torch.Tensor:
 
 
 def sums(divergence_T: torch.Tensor, logprobs_TV: torch.Tensor) -> dict[str, torch.Tensor]:
-    """{"loss", "kl", "entropy"} of an objective that is a divergence: `kl` is the loss's value, `entropy` the student's."""
+    """{"loss", "kl" (its value), "entropy" (the student's)} of an objective that is a divergence."""
     loss = divergence_T.sum()
     return {"loss": loss, "kl": loss.detach(), "entropy": student_entropy(logprobs_TV)}
 
 
 def student_entropy(logprobs_TV: torch.Tensor) -> torch.Tensor:
-    """Detached sum over tokens [nats]; two passes over the tile, small against the three products with the head's weight."""
+    """Detached sum over tokens [nats]; two passes over the tile, small against the head's products."""
     return entropy(logprobs_TV.detach()).sum()

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 
 from katds.core.types import Need, Signal
+from katds.settings import Section
+
+
+class ObjectiveSettings(Section):
+    """Base of an objective's section of the recipe; subclasses declare `kind` and their settings."""
+
+    def check(self, filtered: bool, minibatches: int) -> None:
+        """Raises ValueError (field, value, remedy) where the objective would be wrong: `filtered` says that top-p, top-k or
+        min-p cut the sampling distribution, `minibatches` how many updates learn from one set of rollouts."""
 
 
 class Objective(Protocol):
@@ -16,7 +25,13 @@ class Objective(Protocol):
     of tokens at a time, so no [tokens, vocabulary] tensor outlives a tile.
     """
 
+    Settings: ClassVar[type[ObjectiveSettings]]
     needs: frozenset[Need]
+
+    @classmethod
+    def from_settings(cls, settings: Any) -> Self:
+        """The objective of a recipe; `settings` is an instance of `cls.Settings`."""
+        ...
 
     def tile(self, logprobs_TV: torch.Tensor, actions_T: torch.Tensor, signal: Signal) -> dict[str, torch.Tensor]:
         """Sums over the tile's tokens.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, ClassVar, Literal, Self
 
 import torch
+from pydantic import Field as Setting
 
 from katds.core.divergences import forward_kl, top_k_tail_forward_kl
 from katds.core.objectives.aligned import aligned, gathered, sums
+from katds.core.objectives.base import ObjectiveSettings
 from katds.core.types import Field, Need, Signal
 
 SUPPORTS = {
@@ -16,21 +18,37 @@ SUPPORTS = {
 }
 
 
+class ForwardKlSettings(ObjectiveSettings):
+    """KL(teacher || student) at every kept token."""
+
+    kind: Literal["forward_kl"] = "forward_kl"
+    support: Literal["teacher_top_k", "full"] = Setting(
+        "teacher_top_k", description="teacher's top K plus a tail bucket, or the whole vocabulary"
+    )
+
+
 class ForwardKl:
-    """sum_t KL(q_t || p_t), differentiated through p, over the teacher's top K plus a tail bucket or over the vocabulary.
+    """sum_t KL(q_t || p_t), differentiated through p: over the teacher's top K plus a tail bucket, or the vocabulary.
 
     Raises:
         ValueError: an unknown support.
     """
 
+    Settings: ClassVar[type[ObjectiveSettings]] = ForwardKlSettings
+
     def __init__(self, support: str) -> None:
         if support not in SUPPORTS:
             raise ValueError(
-                f"objective.support is {support!r}; choose one of {sorted(SUPPORTS)}. The student's top k is not offered (forward KL has "
-                "its weight where the teacher has its mass), nor a top-k sum without the tail bucket (biased)."
+                f"objective.support is {support!r}; choose one of {sorted(SUPPORTS)}. The student's top k is not "
+                "offered: forward KL has its weight where the teacher has its mass. Nor is a top-k sum without the "
+                "tail bucket: it is biased."
             )
         self.support = support
         self.needs = SUPPORTS[support]
+
+    @classmethod
+    def from_settings(cls, settings: Any) -> Self:
+        return cls(settings.support)
 
     def tile(self, logprobs_TV: torch.Tensor, actions_T: torch.Tensor, signal: Signal) -> dict[str, torch.Tensor]:
         """{"loss", "kl" (its value), "entropy" (of the student)}; see `Objective.tile`."""
@@ -41,14 +59,3 @@ class ForwardKl:
             teacher_TK = aligned(signal, Field.TEACHER_TOP, logprobs_TV)
             divergence_T = top_k_tail_forward_kl(gathered(logprobs_TV, ids_TK), teacher_TK)
         return sums(divergence_T, logprobs_TV)
-
-
-class Settings(Protocol):
-    """The part of the recipe that is read here."""
-
-    @property
-    def support(self) -> str: ...
-
-
-def build(settings: Settings) -> ForwardKl:
-    return ForwardKl(settings.support)

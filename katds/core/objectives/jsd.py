@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, ClassVar, Literal, Self
 
 import torch
+from pydantic import Field as Setting
 
 from katds.core.divergences import generalised_jsd
 from katds.core.objectives.aligned import aligned, sums
+from katds.core.objectives.base import ObjectiveSettings
 from katds.core.types import Field, Need, Signal
+from katds.settings import Share
+
+
+class JsdSettings(ObjectiveSettings):
+    """Generalised Jensen-Shannon divergence over the whole vocabulary at every kept token."""
+
+    kind: Literal["jsd"] = "jsd"
+    beta: Share = Setting(0.5, description="0 forward KL, 1 reverse KL (GKD, arXiv 2306.13649)")
 
 
 class Jsd:
@@ -18,6 +28,7 @@ class Jsd:
         ValueError: beta outside [0, 1].
     """
 
+    Settings: ClassVar[type[ObjectiveSettings]] = JsdSettings
     needs = frozenset({Need.FULL})
 
     def __init__(self, beta: float) -> None:
@@ -25,18 +36,11 @@ class Jsd:
             raise ValueError(f"objective.beta is {beta}, outside [0, 1]; 0 is the forward KL, 1 the reverse KL")
         self.beta = beta
 
+    @classmethod
+    def from_settings(cls, settings: Any) -> Self:
+        return cls(settings.beta)
+
     def tile(self, logprobs_TV: torch.Tensor, actions_T: torch.Tensor, signal: Signal) -> dict[str, torch.Tensor]:
         """{"loss", "kl" (its value), "entropy" (of the student)}; see `Objective.tile`."""
         teacher_TV = aligned(signal, Field.TEACHER_LOGPROBS, logprobs_TV)
         return sums(generalised_jsd(logprobs_TV, teacher_TV, self.beta), logprobs_TV)
-
-
-class Settings(Protocol):
-    """The part of the recipe that is read here."""
-
-    @property
-    def beta(self) -> float: ...
-
-
-def build(settings: Settings) -> Jsd:
-    return Jsd(settings.beta)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, ClassVar, Literal, Self
 
 import torch
+from pydantic import Field as Setting
 
 from katds.core.divergences import reverse_kl, top_k_tail_reverse_kl
 from katds.core.objectives.aligned import aligned, gathered, sums
+from katds.core.objectives.base import ObjectiveSettings
 from katds.core.types import Field, Need, Signal
 
 SUPPORTS = {
@@ -16,23 +18,39 @@ SUPPORTS = {
 }
 
 
-class ReverseKl:
-    """sum_t KL(p_t || q_t), differentiated through p, over the student's top K plus a tail bucket or over the vocabulary.
+class ReverseKlSettings(ObjectiveSettings):
+    """KL(student || teacher) at every kept token."""
 
-    The K tokens are those that were the student's most probable ones when the rollout was written: p is read at the ids in the signal.
+    kind: Literal["reverse_kl"] = "reverse_kl"
+    support: Literal["student_top_k", "full"] = Setting(
+        "student_top_k", description="student's top K plus a tail bucket (published), or the whole vocabulary (exact)"
+    )
+
+
+class ReverseKl:
+    """sum_t KL(p_t || q_t), differentiated through p: over the student's top K plus a tail bucket, or the vocabulary.
+
+    The K tokens are those that were the student's most probable ones when the rollout was written: p is read at the
+    ids in the signal.
 
     Raises:
         ValueError: an unknown support.
     """
 
+    Settings: ClassVar[type[ObjectiveSettings]] = ReverseKlSettings
+
     def __init__(self, support: str) -> None:
         if support not in SUPPORTS:
             raise ValueError(
-                f"objective.support is {support!r}; choose one of {sorted(SUPPORTS)}. A top-k sum without the tail bucket is "
-                "not offered: it is biased and its gradient moves mass out of the top k."
+                f"objective.support is {support!r}; choose one of {sorted(SUPPORTS)}. A top-k sum without the tail "
+                "bucket is not offered: it is biased and its gradient moves mass out of the top k."
             )
         self.support = support
         self.needs = SUPPORTS[support]
+
+    @classmethod
+    def from_settings(cls, settings: Any) -> Self:
+        return cls(settings.support)
 
     def tile(self, logprobs_TV: torch.Tensor, actions_T: torch.Tensor, signal: Signal) -> dict[str, torch.Tensor]:
         """{"loss", "kl" (its value), "entropy" (of the student)}; see `Objective.tile`."""
@@ -43,14 +61,3 @@ class ReverseKl:
             teacher_TK = aligned(signal, Field.STUDENT_TOP, logprobs_TV)
             divergence_T = top_k_tail_reverse_kl(gathered(logprobs_TV, ids_TK), teacher_TK)
         return sums(divergence_T, logprobs_TV)
-
-
-class Settings(Protocol):
-    """The part of the recipe that is read here."""
-
-    @property
-    def support(self) -> str: ...
-
-
-def build(settings: Settings) -> ReverseKl:
-    return ReverseKl(settings.support)

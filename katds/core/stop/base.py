@@ -3,21 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, Self
 
 from katds.core.collective import Collective
 from katds.core.types import Cut, RolloutRequest, StopReason
+from katds.settings import Section
+
+
+@dataclass(frozen=True, slots=True)
+class RunFacts:
+    """What a stop rule may know of the run that it serves."""
+
+    seed: int
+    steps: int
+    rollouts_per_step: int
+    updates_per_step: int  # optimizer steps
+    audit_fraction: float
+
+
+class StopSettings(Section):
+    """Base of a rule's section of the recipe; subclasses declare `kind` and their settings."""
+
+    def check(self, max_new_tokens: int, temperature: float, audit_fraction: float) -> None:
+        """Raises ValueError (field, value, remedy) where the settings contradict the rollouts' (recipe section `rollout`)."""
 
 
 class StopRule(Protocol):
     """Decides, chunk by chunk, whether a rollout that is being written shall end.
 
-    Life of a rollout: `begin`, then `observe` for every chunk, then `end`. All three are local and deterministic; they must not depend on
-    how the tokens are split into chunks. Only `finish_step` communicates.
+    Life of a rollout: `begin`, then `observe` for every chunk, then `end`. All three are local and deterministic;
+    they must not depend on how the tokens are split into chunks. Only `finish_step` communicates.
     """
 
+    Settings: ClassVar[type[StopSettings]]
     reason: StopReason | None
     needs_divergence: bool
+
+    @classmethod
+    def from_settings(cls, settings: Any, run: RunFacts) -> Self:
+        """The rule of a recipe; `settings` is an instance of `cls.Settings`."""
+        ...
 
     def begin(self, request: RolloutRequest) -> None:
         """A rollout starts; the rule makes its O(1) state."""
@@ -37,8 +63,8 @@ class StopRule(Protocol):
         ...
 
     def finish_step(self, collective: Collective, first_id: int, count: int) -> None:
-        """Collective: all rollouts with ids first_id .. first_id + count - 1 are complete, each on one rank. Prepares the next step
-        identically on all ranks."""
+        """Collective: all rollouts with ids first_id .. first_id + count - 1 are complete, each on one rank. Prepares
+        the next step identically on all ranks."""
         ...
 
     def metrics(self) -> Mapping[str, float]:

@@ -14,16 +14,79 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 import torch
+from pydantic import Field
 
 from katds.core.collective import Collective
+from katds.core.stop.base import RunFacts, StopSettings
 from katds.core.threshold import AdaptiveThreshold
 from katds.core.types import Cut, RolloutRequest, StopReason
 from katds.errors import DesyncError
+from katds.settings import Count, Positive, Section
 
 Source = Literal["audit", "completed", "all"]
+REFILLS = 4  # so often must the audit group fill the queue in a run, or its minima are too old to be a threshold
+
+
+class ThresholdSettings(Section):
+    """KAT's threshold: a quantile of the smallest window divergences of recent rollouts."""
+
+    eta: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.3, description="the threshold is the 1-eta quantile of recent rollout minima"
+    )
+    capacity: Positive = Field(4096, description="minima kept (first in, first out)")
+    min_entries: Positive = Field(512, description="nothing is terminated before so many minima are known")
+    min_steps: Count = Field(50, description="nothing is terminated in the first so many optimizer steps")
+    source: Literal["auto", "audit", "completed", "all"] = Field(
+        "auto",
+        description="whose minima enter: the audit group's (unbiased), those of rollouts that ended by themselves "
+        "(biased high), all (biased low); auto: audit if it refills the queue four times in the run, else completed",
+    )
+
+
+class KatSettings(StopSettings):
+    """End a rollout once its windowed divergence stays below an adaptive threshold (arXiv 2606.09471)."""
+
+    kind: Literal["kat"] = "kat"
+    window: Positive = Field(64, description="W, tokens per window")
+    stride: Positive | None = Field(None, description="tokens between windows; default W/4")
+    persistence: Positive = Field(4, description="T, consecutive low windows that end a rollout")
+    min_kept: Count | None = Field(None, description="L0, no cut before this token; default 2W")
+    threshold: ThresholdSettings = ThresholdSettings()
+
+    @property
+    def resolved_stride(self) -> int:
+        return self.stride if self.stride is not None else max(1, self.window // 4)
+
+    @property
+    def resolved_min_kept(self) -> int:
+        return self.min_kept if self.min_kept is not None else 2 * self.window
+
+    def check(self, max_new_tokens: int, temperature: float, audit_fraction: float) -> None:
+        stride, min_kept, queue = self.resolved_stride, self.resolved_min_kept, self.threshold
+        limit = f"rollout.max_new_tokens {max_new_tokens}"
+        if self.window > max_new_tokens:
+            raise ValueError(f"stop.window {self.window} is longer than {limit}; lower stop.window")
+        if min_kept >= max_new_tokens:
+            raise ValueError(f"stop.min_kept {min_kept} leaves nothing to cut below {limit}; lower stop.min_kept")
+        if stride > self.window:
+            raise ValueError(
+                f"stop.stride {stride} is longer than stop.window {self.window}: tokens would go unseen; "
+                "lower stop.stride"
+            )
+        if queue.min_entries > queue.capacity:
+            raise ValueError(
+                f"stop.threshold.min_entries {queue.min_entries} is never reached with stop.threshold.capacity "
+                f"{queue.capacity}; raise stop.threshold.capacity"
+            )
+        if audit_fraction == 0 and queue.source == "audit":
+            raise ValueError(
+                "stop.threshold.source is 'audit' but rollout.audit_fraction is 0; raise rollout.audit_fraction"
+            )
+        if temperature == 0:
+            raise ValueError("rollout.temperature is 0: the divergence of a greedy policy is undefined; set it above 0")
 
 
 class WindowMeans:
@@ -97,6 +160,7 @@ class KatRule:
             or `all`.
     """
 
+    Settings: ClassVar[type[StopSettings]] = KatSettings
     reason: StopReason | None = StopReason.KAT
     needs_divergence = True
 
@@ -119,10 +183,14 @@ class KatRule:
         self._pushed_mean: float | None = None
 
     @classmethod
-    def from_settings(cls, settings: Any, seed: int, source: Source) -> KatRule:
-        """From the recipe's `stop` section; `source` is the resolved `stop.threshold.source`; `seed` is unused."""
+    def from_settings(cls, settings: Any, run: RunFacts) -> Self:
+        """`auto` becomes the audit group where that refills the queue often enough; optimizer steps become steps."""
         queue = settings.threshold
-        threshold = AdaptiveThreshold(queue.eta, queue.capacity, queue.min_entries, queue.min_steps)
+        steps = -(-queue.min_steps // run.updates_per_step)
+        threshold = AdaptiveThreshold(queue.eta, queue.capacity, queue.min_entries, steps)
+        audited = run.steps * run.rollouts_per_step * run.audit_fraction
+        auto: Source = "audit" if audited >= REFILLS * queue.capacity else "completed"
+        source = auto if queue.source == "auto" else queue.source
         stride, min_kept = settings.resolved_stride, settings.resolved_min_kept
         return cls(settings.window, stride, settings.persistence, min_kept, threshold, source)
 
