@@ -145,7 +145,8 @@ def _claim(folder: Path, recipe: Recipe) -> checkpoint.Found | None:
         for field, value in _identity(recipe).items():
             if saved.get(field) != value:
                 raise CheckpointError(
-                    f"{field} is {value!r}, but {found.folder} was written with {saved.get(field)!r}. Resume with the old value, or give another run.name."
+                    f"{field} is {value!r}, but {found.folder} was written with {saved.get(field)!r}. "
+                    "Resume with the old value, or give another run.name."
                 )
         return found
     if folder.exists() and any(folder.iterdir()):

@@ -1,1 +1,1 @@
-"""Pure algorithm: torch and the standard library only, no device, no process, no model library."""
+"""Pure algorithm: torch, the standard library and (for settings) pydantic; no device, no process, no model library."""

@@ -19,7 +19,8 @@ Invariants: everything is a pure function of its arguments and seeds; a word is 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
@@ -34,7 +35,7 @@ STEP_TOKENS = 6  # "x * a = y ;"
 MAX_TOKENS = 1024  # prompt and response
 
 ANSWER_PATTERN = r"!\s*(\d+)(?:\s*<eos>)?\s*$"
-"""Group 1 of `re.search` in a decoded response is the final answer; no match for a rollout that never ended."""
+"""Group 1 is the final answer of a decoded response, special tokens shown or not. A rollout that never ends: no match."""
 
 PAD, EOS, UNKNOWN, SYSTEM, USER, ASSISTANT = "<pad>", "<eos>", "<unk>", "<system>", "<user>", "<assistant>"
 SPECIAL_WORDS = (PAD, EOS, UNKNOWN, SYSTEM, USER, ASSISTANT)
@@ -135,6 +136,11 @@ def prompt_words(problem: Problem) -> list[str]:
     return [USER, *problem.prompt.split(), ASSISTANT]
 
 
+def encode(words: Iterable[str]) -> list[int]:
+    """Token ids of words."""
+    return [WORD_ID[word] for word in words]
+
+
 def clean_trace(problem: Problem) -> tuple[str, ...]:
     """The right chain of thought, its answer and `<eos>`."""
     return _walk(problem, product, max_steps=MODULUS)
@@ -165,13 +171,12 @@ def off_path_trace(
 def misconceptions(seed: int, share: float = 1 / 3) -> dict[Fact, int]:
     """The facts a student believes wrongly, each with its own wrong result: a fixed `share` of those problems use.
 
-    A fact is used by problems when its value lies on an orbit that comes below the largest bound. On all other orbits
-    the student is as right as the teacher: whoever gets there meets no disagreement any more.
+    Those facts lie on orbits that end. On all other orbits the student is as right as the teacher: whoever gets there
+    meets no disagreement any more.
     """
     rng = random.Random(f"misconceptions {seed}")
-    used = [(value, a) for a in multipliers() for value in range(1, MODULUS) if min(orbit(value, a)) < max(BOUNDS)]
-    chosen = sorted(rng.sample(used, round(share * len(used))))
-    return {fact: _wrong_result(fact, rng) for fact in chosen}
+    used = sorted({(problem.start, problem.multiplier) for problem in all_problems()})  # later steps start others
+    return {fact: _wrong_result(fact, rng) for fact in rng.sample(used, round(share * len(used)))}
 
 
 def noisy_trace(
@@ -189,6 +194,12 @@ def noisy_trace(
         return wrong[fact] if fact in wrong and rng.random() < wrong_rate else product(value, multiplier)
 
     return off_path_trace(problem, rng, slip_rate, max_steps, believed)
+
+
+def answer_of(response: str) -> str | None:
+    """The final answer of a decoded response; None if it never ended."""
+    match = re.search(ANSWER_PATTERN, response)
+    return match and match[1]
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

@@ -8,14 +8,15 @@ keyword argument, says which tokens belong together:
 - `SlotPlan`: rollout. Tokens belong to slots of a `SlotCache`; each attends to its slot's keys up to its own position.
   Ragged prefill, one-token decode and the teacher's chunk are this one case.
 
-On CUDA both go to flash attention (the flash-attn package, else torch's varlen kernel); elsewhere to
-`scaled_dot_product_attention`, sequence by sequence or slots side by side, without an N x N mask.
+On CUDA both go to flash attention: torch's varlen kernel, or for training the flash-attn package where it is installed.
+Elsewhere `scaled_dot_product_attention` serves, sequence by sequence or slots side by side, without an N x N mask.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import pairwise
 
 import torch
@@ -102,31 +103,28 @@ def attend(
     assert plan is not None, f"{type(module).__name__} does not pass keyword arguments on to its attention function"
     assert attention_mask is None and dropout == 0.0, "katds attention takes neither a mask nor dropout"
     q = query[0].transpose(0, 1)  # [N, Hq, D]
+    flash = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)  # the kernels know no other type
     if isinstance(plan, SlotPlan):
-        out = (
-            _slots_varlen(q, key, value, scaling, sliding_window, plan)
-            if plan.varlen
-            else _slots_sdpa(q, key, value, scaling, sliding_window, plan)
-        )
+        slots = _slots_varlen if flash else _slots_sdpa
+        out = slots(q, key, value, scaling, sliding_window, plan)
     else:
+        packed = _packed_varlen if flash else _packed_sdpa
         k, v = key[0].transpose(0, 1), value[0].transpose(0, 1)
-        out = (
-            _packed_varlen(q, k, v, scaling, sliding_window, plan)
-            if q.is_cuda
-            else _packed_sdpa(q, k, v, scaling, sliding_window, plan)
-        )
+        out = packed(q, k, v, scaling, sliding_window, plan)
     return out.unsqueeze(0), None
 
 
 def _packed_sdpa(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float, window: int | None, plan: PackedPlan
 ) -> torch.Tensor:
+    # split, not slices: its backward is one concatenation instead of a zero-padded gradient per sequence.
+    lengths = [end - start for start, end in pairwise(plan.bounds)]
     outs = []
-    for start, end in pairwise(plan.bounds):
-        qs, ks, vs = (x[start:end].transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-        mask = None
-        if window is not None and end - start > window:
-            at = torch.arange(end - start, device=q.device)
+    for sequence in zip(*(x.split(lengths) for x in (q, k, v)), strict=True):
+        qs, ks, vs = (x.transpose(0, 1).unsqueeze(0) for x in sequence)
+        length, mask = qs.shape[2], None
+        if window is not None and length > window:
+            at = torch.arange(length, device=q.device)
             gap = at[:, None] - at[None, :]
             mask = (gap >= 0) & (gap < window)
         o = scaled_dot_product_attention(
@@ -186,14 +184,19 @@ def _window(mask: torch.Tensor, window: int) -> torch.Tensor:
 def _packed_varlen(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float, window: int | None, plan: PackedPlan
 ) -> torch.Tensor:
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    bounds, longest, left = plan.cu_seqlens, plan.longest, -1 if window is None else window - 1
+    out: torch.Tensor
+    if find_spec("flash_attn") is not None:
+        from flash_attn import flash_attn_varlen_func
+
+        out = flash_attn_varlen_func(
+            q, k, v, bounds, bounds, longest, longest, softmax_scale=scaling, causal=True, window_size=(left, 0)
+        )
+        return out
     from torch.nn.attention.varlen import varlen_attn
 
-    left = -1 if window is None else window - 1
-    out = varlen_attn(
-        q.contiguous(), k.contiguous(), v.contiguous(), plan.cu_seqlens, plan.cu_seqlens, plan.longest, plan.longest,
-        scale=scaling, window_size=(left, 0), enable_gqa=True,
-    )  # fmt: skip
-    assert isinstance(out, torch.Tensor)
+    out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(left, 0), enable_gqa=True)  # type: ignore[assignment]
     return out
 
 

@@ -31,6 +31,9 @@ class FlatCausalLM(nn.Module):
         super().__init__()
         self.model = model
         self._vocabulary = vocabulary
+        # transformers looks both up anew at each access, which would cost a decode step a tenth of its time. A tuple keeps
+        # them from being registered a second time.
+        self._parts = (model.base_model, model.get_output_embeddings())
         rows = self._rows
 
         def forward(head: nn.Module, hidden: torch.Tensor, function: HeadFunction = linear) -> Any:
@@ -41,7 +44,7 @@ class FlatCausalLM(nn.Module):
 
     @property
     def head(self) -> nn.Module:
-        head: nn.Module = self.model.get_output_embeddings()
+        head: nn.Module = self._parts[1]
         return head
 
     def head_parameters(self) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -64,7 +67,8 @@ class FlatCausalLM(nn.Module):
         if cache is not None:
             assert isinstance(plan, SlotPlan)
             cache.prepare(plan)
-        hidden = self.model.base_model(
+        base, output_head = self._parts
+        hidden = base(
             input_ids=input_ids[None],
             position_ids=position_ids[None],
             past_key_values=cache,
@@ -73,7 +77,7 @@ class FlatCausalLM(nn.Module):
         ).last_hidden_state[0]
         if head is None:
             return None
-        return self.head(hidden if rows is None else hidden[rows], head)
+        return output_head(hidden if rows is None else hidden[rows], head)
 
     def _rows(self, head: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         weight, bias = head.weight, head.bias

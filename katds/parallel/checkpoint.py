@@ -1,7 +1,7 @@
 """Checkpoints: written whole or not at all, loaded onto the same or another number of ranks.
 
-A checkpoint is a folder `step-N` with DeepSpeed's sharded state, `state.json` (everything else that a resumed run needs) and the resolved recipe.
-It is written under another name and renamed when every rank is done.
+A checkpoint is a folder `step-N` with DeepSpeed's sharded state, `state.json` (everything else that a resumed run
+needs) and the resolved recipe. It is written under another name and renamed when every rank is done.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def find_newest(folder: Path) -> Found:
     try:
         state = json.loads((newest / "state.json").read_text())
         return Found(newest, state["step"], state["world_size"], state)
-    except (json.JSONDecodeError, KeyError) as error:
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"run.resume: {newest}/state.json cannot be read ({error!r}). Remove {newest} to go on from an older one."
         ) from None
@@ -124,7 +124,8 @@ def make_universal(found: Found, collective: Collective) -> None:
     failure = collective.gather(failure)[0]
     if failure:
         raise CheckpointError(
-            f"run.resume: {found.folder} was written by {found.world_size} ranks and could not be converted for {collective.size} ({failure[0]}). Resume on {found.world_size} ranks."
+            f"run.resume: {found.folder} was written by {found.world_size} ranks and could not be converted for "
+            f"{collective.size} ({failure[0]}). Resume on {found.world_size} ranks."
         )
 
 

@@ -74,6 +74,6 @@ def _keep(ordered: torch.Tensor, sampling: Sampling) -> torch.Tensor:
 def _invert(probabilities: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     cumulated = probabilities.cumsum(-1)
     total = cumulated[:, -1:]
-    # Rounding may lift u * total to total itself, and the count below would then pass every token, dropped ones too.
+    # Rounding may lift u * total to total itself, and no token would then exceed it.
     target = torch.minimum(u * total, total.nextafter(torch.zeros_like(total)))
-    return (cumulated <= target).sum(-1)
+    return (cumulated > target).to(torch.uint8).argmax(-1)  # the first of them; a parallel cumsum need not be monotone

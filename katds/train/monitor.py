@@ -48,8 +48,10 @@ class Monitor:
         self._writer: SummaryWriter | None = None
         if is_main:
             (folder / "rollouts").mkdir(parents=True, exist_ok=True)
-            _drop_from(folder / "metrics.jsonl", start)
+            evaluations = _drop_from(folder / "metrics.jsonl", start)
             self._writer = SummaryWriter(str(folder), purge_step=start if start else None)
+            for record in evaluations:  # TensorBoard drops them with the steps from `start` on
+                self._show(start, record)
         self._bar = tqdm(
             total=steps, initial=start, unit="step", disable=None if is_main else True, leave=False, dynamic_ncols=True
         )
@@ -87,11 +89,15 @@ class Monitor:
         """Scalars of a step into TensorBoard and metrics.jsonl."""
         if self._writer is None:
             return
+        self._show(step, record)
+        with (self._folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, **record}) + "\n")
+
+    def _show(self, step: int, record: Mapping[str, float]) -> None:
+        assert self._writer is not None
         for key, value in record.items():
             self._writer.add_scalar(key, value, step)
         self._writer.flush()
-        with (self._folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"step": step, **record}) + "\n")
 
     def evaluation(self, step: int, scores: Mapping[str, float]) -> None:
         """Records an evaluation of the student after `step` steps."""
@@ -108,7 +114,12 @@ class Monitor:
         return seconds
 
     def state_dict(self) -> dict[str, Any]:
-        return {"totals": self.totals, "active_totals": self.active_totals, "seconds": self.seconds}
+        return {
+            "totals": self.totals,
+            "active_totals": self.active_totals,
+            "seconds": self.seconds,
+            "last": self.last,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.totals, self.active_totals, self.seconds = (
@@ -116,6 +127,7 @@ class Monitor:
             dict(state["active_totals"]),
             dict(state["seconds"]),
         )
+        self.last = dict(state["last"])
 
     def close(self) -> None:
         self._take_seconds()
@@ -131,7 +143,8 @@ class Monitor:
         if not self._samples:
             return
         with (self._folder / "rollouts" / f"step-{step:06d}.jsonl").open("w") as file:
-            for rollout in samples[: self._samples]:
+            # Audit rollouts first: they show what lies behind the cut.
+            for rollout in sorted(samples, key=lambda r: (not r.request.audit, r.id))[: self._samples]:
                 file.write(json.dumps(_sample(rollout, self._to_text)) + "\n")
 
 
@@ -165,15 +178,22 @@ def _line(step: int, steps: int, record: Mapping[str, float], wall: float) -> st
     )
 
 
-def _drop_from(path: Path, start: int) -> None:
-    """Forgets the records of steps that will be done again."""
-    if path.exists():
-        kept = [line for line in path.read_text().splitlines() if _step_of(line) < start]
-        path.write_text("".join(line + "\n" for line in kept))
-
-
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (json.JSONDecodeError, KeyError):
-        return float("inf")  # the last line of a killed run may be torn
+def _drop_from(path: Path, start: int) -> list[dict[str, float]]:
+    """Forgets the records of steps that will be done again; returns the evaluations of the student after `start` steps,
+    which will not."""
+    if not path.exists():
+        return []
+    kept, evaluations = [], []
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # the last line of a killed run may be torn
+        step = record.pop("step")
+        evaluated = step == start and all(key.startswith("eval/") for key in record)
+        if step < start or evaluated:
+            kept.append(line)
+        if evaluated:
+            evaluations.append(record)
+    path.write_text("".join(line + "\n" for line in kept))
+    return evaluations

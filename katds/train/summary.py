@@ -22,10 +22,8 @@ _PACKAGES = ("torch", "deepspeed", "transformers")
 
 def peak_memory_bytes(collective: Collective, device: torch.device) -> int:
     """Collective: the largest peak of any rank: device memory on CUDA, resident memory elsewhere."""
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident
     return int(collective.max(torch.tensor([peak])).item())
 
 

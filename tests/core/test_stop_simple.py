@@ -1,0 +1,86 @@
+"""Never, prefix and random: the baselines that count tokens."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from katds.core import counter
+from katds.core.stop.simple import NeverRule, PrefixRule, RandomRule
+from katds.core.types import Cut, Prompt, RolloutRequest, StopReason
+
+PROMPT = Prompt(index=0, token_ids=(1,))
+
+
+def request(id: int = 0, audit: bool = False, max_new_tokens: int = 100) -> RolloutRequest:
+    return RolloutRequest(id=id, prompt=PROMPT, max_new_tokens=max_new_tokens, audit=audit)
+
+
+def cuts(rule: NeverRule, asked: RolloutRequest, chunks: list[int]) -> list[Cut | None]:
+    rule.begin(asked)
+    verdicts = [rule.observe(asked, [0.0] * n) for n in chunks]
+    rule.end(asked, terminated=False)
+    return verdicts
+
+
+def test_never_cuts_nothing_and_gives_no_reason() -> None:
+    assert cuts(NeverRule(), request(), [50, 50]) == [None, None]
+    assert NeverRule.reason is None
+
+
+@given(st.integers(1, 60), st.lists(st.integers(0, 30), max_size=8), st.booleans())
+def test_prefix_cuts_once_in_the_chunk_that_reaches_it(tokens: int, chunks: list[int], audit: bool) -> None:
+    verdicts = cuts(PrefixRule(tokens), request(audit=audit, max_new_tokens=61), chunks)
+    made = [v for v in verdicts if v is not None]
+    assert made == ([Cut(tokens, tokens)] if sum(chunks) >= tokens else [])
+    if made:
+        i = verdicts.index(made[0])
+        assert sum(chunks[:i]) < tokens <= sum(chunks[: i + 1])
+
+
+@pytest.mark.parametrize(("tokens", "expected"), [(99, Cut(99, 99)), (100, None), (101, None)])
+def test_a_rollout_that_ends_there_anyway_is_not_cut(tokens: int, expected: Cut | None) -> None:
+    assert cuts(PrefixRule(tokens), request(max_new_tokens=100), [100]) == [expected]
+
+
+def test_random_lengths_are_uniform_between_their_bounds() -> None:
+    rule = RandomRule(seed=3, min_tokens=4, max_tokens=7)
+    drawn = Counter(rule.length(request(id)) for id in range(4000))
+    assert sorted(drawn) == [4, 5, 6, 7]
+    assert max(abs(n - 1000) for n in drawn.values()) < 140  # five standard deviations
+
+
+def test_random_lengths_depend_on_seed_and_id_only() -> None:
+    def lengths(seed: int) -> list[int]:
+        return [RandomRule(seed, 1, 4096).length(request(id)) for id in range(50)]
+
+    assert lengths(0) == lengths(0)
+    assert sum(a == b for a, b in zip(lengths(0), lengths(1), strict=True)) < 5
+    assert len(set(lengths(0))) > 40
+    assert RandomRule(0, 9, 9).length(request(1)) == 9
+
+
+def test_random_lengths_do_not_follow_a_choice_by_the_same_seed_and_id() -> None:
+    """An audit group drawn from (seed, id) must not hold the short or the long rollouts."""
+    rule = RandomRule(seed=0, min_tokens=1, max_tokens=1000)
+    chosen = [id for id in range(8000) if counter.uniform(counter.key(0, id), 0) < 1 / 16]
+    mean = sum(rule.length(request(id)) for id in chosen) / len(chosen)
+    assert len(chosen) > 400
+    assert mean == pytest.approx(500, abs=65)  # five standard errors
+
+
+def test_random_cuts_at_its_length() -> None:
+    rule = RandomRule(seed=0, min_tokens=1, max_tokens=90)
+    for id in range(20):
+        n = rule.length(request(id))
+        assert cuts(rule, request(id), [n - 1, 1, 5]) == [None, Cut(n, n), None]
+    assert (PrefixRule.reason, RandomRule.reason) == (StopReason.PREFIX, StopReason.RANDOM)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 5), (6, 5)])
+def test_impossible_lengths_are_refused(low: int, high: int) -> None:
+    with pytest.raises(AssertionError):
+        RandomRule(0, low, high)

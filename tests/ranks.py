@@ -1,0 +1,56 @@
+"""Runs a plain function on several gloo ranks, forked after the imports: 0.1-3 s per test instead of 8-16 s."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+TIMEOUT_SECONDS = 120.0  # a hang is a failure
+
+
+def run_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """function(*args) on every rank of a world of `size`; returns the results in rank order. Results must be picklable."""
+    context = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory() as folder:
+        queue = context.Queue()
+        children = [
+            context.Process(target=_child, args=(rank, size, f"{folder}/store", queue, function, args))
+            for rank in range(size)
+        ]
+        for child in children:
+            child.start()
+        try:
+            results = dict(queue.get(timeout=TIMEOUT_SECONDS) for _ in children)
+        finally:
+            for child in children:
+                child.join(timeout=5)
+                if child.is_alive():
+                    child.kill()
+    for rank, (ok, value) in sorted(results.items()):
+        if not ok:
+            raise AssertionError(f"rank {rank} failed:\n{value}")
+    return [results[rank][1] for rank in range(size)]
+
+
+def _child(rank: int, size: int, store: str, queue: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))
+    try:
+        dist.init_process_group(
+            "gloo", store=dist.FileStore(store, size), rank=rank, world_size=size, timeout=timedelta(seconds=60)
+        )
+        queue.put((rank, (True, function(*args))))
+    except BaseException:
+        queue.put((rank, (False, traceback.format_exc())))
+    finally:
+        queue.close()
+        queue.join_thread()
+        os._exit(0)  # DeepSpeed's exit handlers would wait for ranks that have failed
