@@ -3,23 +3,42 @@
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from katds.data import orbit
+from katds.data.orbit_models import IGNORED, load_model, reverse_kl, settings_for, train_model, training_batches
 
 ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "launch" / "prepare_demo.py"
 
 
-def prepare(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "launch" / "prepare_demo.py"), *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+class Call(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def prepare(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Call]:
+    """The script in this process: for calls that end before any training."""
+
+    def call(*arguments: object) -> Call:
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        return Call(int(ended.value.code or 0), *capsys.readouterr())
+
+    return call
 
 
 def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
@@ -30,7 +49,9 @@ def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("prepare") / "demo"
-    done = prepare("--out", out, "--quick")
+    command = [sys.executable, str(SCRIPT), "--out", str(out), "--quick"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -77,11 +98,11 @@ def test_manifest_tells_how_it_was_made(demo: Path) -> None:
     assert [path.name for path in demo.parent.iterdir()] == ["demo"], "a temporary folder was left behind"
 
 
-def test_the_same_command_again_changes_nothing(demo: Path) -> None:
+def test_the_same_command_again_changes_nothing(demo: Path, prepare: Callable[..., Call]) -> None:
     before = contents(demo)
     done = prepare("--out", demo, "--quick")
-    assert done.returncode == 0
-    assert "already" in done.stdout
+    assert done.code == 0
+    assert "already" in done.out
     assert contents(demo) == before
 
 
@@ -94,26 +115,65 @@ def test_the_same_command_again_changes_nothing(demo: Path) -> None:
         (("--seed", "x"), r"argument --seed: invalid int value: 'x'"),
     ],
 )
-def test_wrong_calls_say_so_and_leave_the_folder_alone(demo: Path, arguments: tuple[object, ...], message: str) -> None:
+def test_wrong_calls_say_so_and_leave_the_folder_alone(
+    demo: Path, prepare: Callable[..., Call], arguments: tuple[object, ...], message: str
+) -> None:
     before = contents(demo)
     done = prepare("--out", demo, *arguments)
-    assert done.returncode == 2
-    assert re.search(r"error: " + message, done.stderr)
-    assert "Traceback" not in done.stderr
+    assert done.code == 2
+    assert re.search(r"error: " + message, done.err)
+    assert "Traceback" not in done.err
     assert contents(demo) == before
 
 
 @pytest.mark.parametrize("force", [(), ("--force",)])
-def test_a_folder_of_something_else_is_never_replaced(tmp_path: Path, force: tuple[str, ...]) -> None:
+def test_a_folder_of_something_else_is_never_replaced(
+    tmp_path: Path, prepare: Callable[..., Call], force: tuple[str, ...]
+) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     done = prepare("--out", tmp_path, *force)
-    assert done.returncode == 2
-    assert "something else than demo models" in done.stderr
+    assert done.code == 2
+    assert "something else than demo models" in done.err
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
-def test_help_teaches() -> None:
+def test_help_teaches(prepare: Callable[..., Call]) -> None:
     done = prepare("--help")
-    assert done.returncode == 0
+    assert done.code == 0
     for word in ("--out", "--seed", "--quick", "--force", "launch/train.py"):
-        assert word in done.stdout
+        assert word in done.out
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_training_learns_responses_only_and_pads_little(role: str) -> None:
+    settings = settings_for(seed=0, quick=True)
+    batches = training_batches(settings, role)
+    for batch in batches:
+        longest = max(len(ids) for ids, _ in batch)
+        assert longest * len(batch) <= 1024
+        for ids, targets in batch:
+            prompt = ids.index(orbit.WORD_ID[orbit.ASSISTANT]) + 1
+            assert targets[:prompt] == [IGNORED] * prompt
+            assert IGNORED not in targets[prompt:]
+            assert len(ids) == len(targets)
+    tokens = sum(len(ids) for batch in batches for ids, _ in batch)
+    assert settings.student.train_tokens <= tokens < settings.student.train_tokens + 400
+
+
+def test_a_seed_fixes_the_models(tmp_path: Path) -> None:
+    settings = settings_for(seed=0, quick=True)
+    short = replace(settings, student=replace(settings.student, train_tokens=2000))
+    for name, chosen in (("first", short), ("again", short), ("other", replace(short, seed=1))):
+        train_model(chosen, "student", tmp_path / name)
+    first, again, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("first", "again", "other"))
+    assert first == again != other
+
+
+def test_reverse_kl_is_positive_and_zero_for_equal_models(demo: Path) -> None:
+    student, teacher = load_model(demo / "student"), load_model(demo / "teacher")
+    problem = orbit.all_problems()[0]
+    response = orbit.encode(orbit.clean_trace(problem))
+    divergence_T = reverse_kl(student, teacher, problem, response)
+    assert divergence_T.shape == (len(response),)
+    assert (divergence_T > 0).all()
+    assert torch.equal(reverse_kl(student, student, problem, response), torch.zeros(len(response)))

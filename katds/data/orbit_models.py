@@ -65,9 +65,9 @@ class Settings:
 
 def settings_for(seed: int, quick: bool) -> Settings:
     """The demo's pair, or with `quick` one that has hardly been trained."""
-    tokens = (8_000, 8_000) if quick else (600_000, 600_000)
-    teacher = School(96, 512, head_dim=32, tie_word_embeddings=False, train_tokens=tokens[0])
-    student = School(64, 256, head_dim=16, tie_word_embeddings=True, train_tokens=tokens[1])
+    tokens = 4_000 if quick else 600_000
+    teacher = School(96, 512, head_dim=32, tie_word_embeddings=False, train_tokens=tokens)
+    student = School(64, 256, head_dim=16, tie_word_embeddings=True, train_tokens=tokens)
     if quick:
         return Settings(seed, quick, teacher, student, samples=1, student_tokens=32, teacher_tokens=32)
     return Settings(seed, quick, teacher, student)
