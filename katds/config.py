@@ -29,6 +29,16 @@ class ModelConfig(Section):
     )
 
 
+class TeacherConfig(ModelConfig):
+    """The model that is distilled."""
+
+    gather: Literal["layer", "phase"] = Field(
+        "layer",
+        description="gather each layer in every forward, or all weights once per rollout phase: a teacher that fits on "
+        "one device then costs no communication while it scores",
+    )
+
+
 class DataConfig(Section):
     """Training prompts."""
 
@@ -159,7 +169,7 @@ class Recipe(Section):
 
     run: RunConfig
     student: ModelConfig
-    teacher: ModelConfig
+    teacher: TeacherConfig
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
     stop: StopConfig = KatSettings()

@@ -180,7 +180,9 @@ def _load_models(recipe: Recipe, inputs: Inputs, load_universal: bool) -> tuple[
         recipe.train.activation_checkpointing,
         load_universal,
     )
-    return student, load_frozen(recipe.teacher.path, inputs.teacher_json, vocabulary)
+    return student, load_frozen(
+        recipe.teacher.path, inputs.teacher_json, vocabulary, whole=recipe.teacher.gather == "phase"
+    )
 
 
 def _assemble(
@@ -199,7 +201,7 @@ def _assemble(
     sampling = Sampling(rollout.temperature, rollout.top_k, rollout.top_p, rollout.min_p)
     engine = RolloutEngine(
         student,
-        teacher,
+        teacher.reading,
         rule,
         objective.needs,
         world.collective,

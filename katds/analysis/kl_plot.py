@@ -67,6 +67,7 @@ def plot(rows: Sequence[Row], window: int, thresholds: dict[int, float], out: Pa
             row["tokens"] + 0.5,
             color="#fdd0a2",
             alpha=0.5,
+            zorder=0,
             lw=0,
             label="dropped: the trap and what follows",
         )

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from katds.errors import ConfigError
+from katds.errors import ConfigError, first_sentence
 
 # Owned by the recipe: two places for one number is one too many.
 _RECIPE_OWNED = {
@@ -29,6 +29,13 @@ def read_deepspeed_json(path: Path, field: str) -> dict[str, Any]:
         raise ConfigError(f"{field}: there is no file {path}; see ds_configs/ for files that work.") from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"{field}: {path} line {error.lineno} is not JSON ({error.msg}).") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{field}: {path} cannot be read ({first_sentence(error)}); name a JSON file.") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"{field}: {path} holds no JSON object; see ds_configs/ for files that work.")
+    for key in ("zero_optimization", "bf16", "fp16"):
+        if not isinstance(config.get(key, {}), dict):
+            raise ConfigError(f"{field}: {path} sets {key!r} to {config[key]!r}; it must be a JSON object.")
     for key, owner in _RECIPE_OWNED.items():
         if key in config:
             raise ConfigError(
@@ -51,17 +58,16 @@ def model_dtype(config: dict[str, Any]) -> torch.dtype:
 
 def student_config(user: dict[str, Any], gradient_clip: float | None) -> dict[str, Any]:
     """Adds what DeepSpeed demands. Losses arrive already divided by the global token count, hence no gas scaling."""
-    config = {
+    return {
         **user,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": gradient_clip or 0.0,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
+        # Under bf16 DeepSpeed would otherwise add up micro-batches in bf16.
+        "data_types": {"grad_accum_dtype": "fp32", **user.get("data_types", {})},
     }
-    # Under bf16 DeepSpeed would otherwise add up micro-batches in bf16.
-    config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
-    return config
 
 
 def teacher_config(user: dict[str, Any]) -> dict[str, Any]:

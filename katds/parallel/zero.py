@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -65,16 +65,25 @@ class ZeroStudent:
 
 
 class ZeroFrozen:
-    """A model under ZeRO-3 that only reads: the teacher, or a student to be evaluated. Calling it is a collective."""
+    """A model under ZeRO-3 that only reads: the teacher, or a student to be evaluated. Calling it is a collective.
 
-    def __init__(self, engine: Any, vocabulary: int) -> None:
+    Args:
+        whole: lend out all weights for a whole rollout phase (one gather, then no collective) instead of gathering each
+            layer in every forward.
+    """
+
+    def __init__(self, engine: Any, vocabulary: int, whole: bool) -> None:
         self.engine = engine
-        self._vocabulary = vocabulary
+        self._whole = whole
+        self._view = StudentView(engine.module, _skeleton(engine.module.model, vocabulary))
 
     def decoding(self) -> AbstractContextManager[FlatCausalLM]:
         """Collective: the whole model, hook-free, for a rollout phase."""
-        module = self.engine.module
-        return StudentView(module, _skeleton(module.model, self._vocabulary)).open()
+        return self._view.open()
+
+    def reading(self) -> AbstractContextManager[Any]:
+        """Collective: the forward that a rollout phase scores with."""
+        return self.decoding() if self._whole else nullcontext(self)
 
     def __call__(
         self,
@@ -118,13 +127,13 @@ def load_student(
     return ZeroStudent(engine, skeleton, path)
 
 
-def load_frozen(path: Path, user_config: dict[str, Any], vocabulary: int) -> ZeroFrozen:
+def load_frozen(path: Path, user_config: dict[str, Any], vocabulary: int, whole: bool = False) -> ZeroFrozen:
     """Collective: reads the folder at `path` under ZeRO-3, without optimizer and gradients."""
     config = teacher_config(user_config)
     model = FlatCausalLM(_read(path, config), vocabulary).requires_grad_(False)
     engine, *_ = deepspeed.initialize(model=model, config=config)
     engine.eval()
-    return ZeroFrozen(engine, vocabulary)
+    return ZeroFrozen(engine, vocabulary, whole)
 
 
 def _read(path: Path, config: dict[str, Any]) -> nn.Module:
@@ -170,12 +179,13 @@ def _adamw(model: nn.Module, config: dict[str, Any], settings: Any) -> torch.opt
 def _gathered_state(model: nn.Module) -> Iterator[dict[str, torch.Tensor] | None]:
     """Collective: the full state dict on the CPU of rank 0, one parameter at a time on the device; None elsewhere."""
     is_main = torch.distributed.get_rank() == 0
-    state: dict[str, torch.Tensor] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    whole: dict[nn.Parameter, torch.Tensor] = {}
+    for parameter in model.parameters():
         with deepspeed.zero.GatheredParameters([parameter]):
             if is_main:
-                state[name] = parameter.data.detach().cpu().clone()
-    yield state if is_main else None
+                whole[parameter] = parameter.data.detach().cpu().clone()
+    # Tied weights share one tensor under both names, so that they are written once.
+    yield {name: whole[p] for name, p in model.named_parameters(remove_duplicate=False)} if is_main else None
 
 
 def _save_config(source: Path, folder: Path, tokenizer: Any) -> None:

@@ -7,7 +7,7 @@ Every rank makes the same number of rounds, with one control reduction each; dec
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -59,7 +59,7 @@ class RolloutEngine:
     """Writes rollouts with continuous batching over `settings.slots` slots per rank.
 
     Args:
-        teacher: None writes without scores (evaluation); the rule must then need no divergence and `needs` be empty.
+        teacher: lends the teacher for a rollout phase; None writes without scores (evaluation); the rule must then need no divergence and `needs` be empty.
         needs: what the objective asks of the teacher.
         clock: told of the parts "control", "prefill", "decode", "teacher" and "judge".
     """
@@ -67,7 +67,7 @@ class RolloutEngine:
     def __init__(
         self,
         student: StudentSource,
-        teacher: TeacherForward | None,
+        teacher: Callable[[], AbstractContextManager[TeacherForward]] | None,
         rule: StopRule,
         needs: frozenset[Need],
         collective: Collective,
@@ -98,8 +98,9 @@ class RolloutEngine:
         # Audit rollouts run to their natural end and are the longest: begun first, they do not prolong the phase.
         queue = sorted(requests, key=lambda request: not request.audit)
         done, signal = [], _SignalLog()
-        with self._student.decoding() as model:
-            phase = self._start(model, requests, stream)
+        lend = self._teacher or nullcontext
+        with self._student.decoding() as model, lend() as teacher:
+            phase = self._start(model, teacher, requests, stream)
             while True:
                 leaders, busy = self._admit(phase.slots, queue)
                 if not busy:
@@ -112,7 +113,9 @@ class RolloutEngine:
         done.sort(key=lambda pair: pair[0].id)
         return RolloutBatch([rollout for rollout, _ in done], signal.collect([rows for _, rows in done]))
 
-    def _start(self, model: FlatCausalLM, requests: Sequence[RolloutRequest], stream: int) -> _Phase:
+    def _start(
+        self, model: FlatCausalLM, teacher: TeacherForward | None, requests: Sequence[RolloutRequest], stream: int
+    ) -> _Phase:
         """Allocates the caches of one rollout phase; they are freed at its end, when the learner needs the memory."""
         # A slot may overshoot its end by less than a chunk.
         length = (
@@ -121,11 +124,11 @@ class RolloutEngine:
         slots = min(self._settings.slots, max(len(requests), 1))
         cache = SlotCache(slots, length, self._settings.device)
         decoder = Decoder(model, cache, self._settings.sampling, self._top_k, self._settings.seed, stream)
-        if self._teacher is None:
+        if teacher is None:
             return _Phase(Slots(slots), [cache], decoder, None)
         read = SlotCache(slots, length, self._settings.device)
         scorer = TeacherScorer(
-            self._teacher, read, self._needs, self._top_k > 0, self._settings.top_k, self._settings.sampling.scale
+            teacher, read, self._needs, self._top_k > 0, self._settings.top_k, self._settings.sampling.scale
         )
         return _Phase(Slots(slots), [cache, read], decoder, scorer)
 

@@ -82,7 +82,7 @@ def engine(
     }  # fmt: skip
     return RolloutEngine(
         Resident(pair.student),
-        teacher or pair.teacher,
+        lambda: nullcontext(teacher or pair.teacher),
         rule or NeverRule(),
         needs,
         collective or Solo(),
