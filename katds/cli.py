@@ -135,6 +135,8 @@ def _report(error: KatdsError) -> None:
     rank = _rank()
     if rank != 0:
         time.sleep(GRACE_SECONDS)
+        if error.reported_by_main:
+            return
     print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
 
 

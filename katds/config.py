@@ -182,7 +182,8 @@ class Recipe(Section):
     def _consistent(self) -> Recipe:
         rollout, train, evaluation = self.rollout, self.train, self.evaluation
         self.stop.check(rollout.max_new_tokens, rollout.temperature, rollout.audit_fraction)
-        self.objective.check(rollout.top_p < 1 or rollout.top_k > 0 or rollout.min_p > 0, train.minibatches)
+        filtered = rollout.top_p < 1 or rollout.top_k > 0 or rollout.min_p > 0 or rollout.temperature == 0
+        self.objective.check(filtered, train.minibatches)
         if train.minibatches > rollout.prompts_per_step * rollout.samples_per_prompt:
             raise ValueError(
                 f"train.minibatches {train.minibatches} exceeds the rollouts of a step (rollout.prompts_per_step "

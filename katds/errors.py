@@ -6,6 +6,8 @@ from __future__ import annotations
 class KatdsError(Exception):
     """Base of all errors that are shown as one message, without a traceback, with exit code 2."""
 
+    reported_by_main = False  # all ranks raise it, and rank 0 tells the user
+
 
 class ConfigError(KatdsError):
     """The recipe, a flag, the data or a model folder cannot be used as given."""
@@ -13,6 +15,10 @@ class ConfigError(KatdsError):
 
 class CheckpointError(KatdsError):
     """A checkpoint is missing, incomplete or of another run."""
+
+
+class TrainingError(KatdsError):
+    """Training cannot go on, e.g. because a gradient is not finite."""
 
 
 class DesyncError(KatdsError):

@@ -6,10 +6,9 @@ Order: everything that can be checked without weights is checked before a model 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from transformers import AutoTokenizer
 
@@ -22,12 +21,14 @@ from katds.core.stop.base import RunFacts, StopRule
 from katds.core.stop.simple import NeverRule
 from katds.core.types import Rollout
 from katds.data.grading import Grader, make_grader
-from katds.data.prompts import PromptSet, load_prompts
-from katds.errors import CheckpointError, ConfigError, KatdsError
+from katds.data.prompts import PromptSet
+from katds.errors import CheckpointError, ConfigError, first_sentence
 from katds.evaluation.evaluator import Evaluator, text_decoder
 from katds.evaluation.metrics import Scores
+from katds.inputs import Inputs, fingerprint, identity, load_eval_prompts, read_inputs
 from katds.models.checks import ModelFacts, check_models
 from katds.parallel import checkpoint
+from katds.parallel.agree import on_main, same_everywhere, together, visible_everywhere
 from katds.parallel.deepspeed_config import read_deepspeed_json
 from katds.parallel.world import World, seed_everything, start_world
 from katds.parallel.zero import ZeroFrozen, ZeroStudent, load_frozen, load_student
@@ -41,147 +42,93 @@ from katds.train.schedule import cosine_with_warmup
 from katds.train.summary import peak_memory_bytes, summarise, write_summary
 from katds.train.trainer import Trainer
 
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Inputs:
-    """All that a run reads besides weights, checked."""
-
-    tokenizer: Any
-    facts: ModelFacts
-    prompts: PromptSet
-    eval_prompts: PromptSet | None
-    grade: Grader | None
-    student_json: dict[str, Any]
-    teacher_json: dict[str, Any]
-    steps: int
-
-
-def read_inputs(recipe: Recipe) -> Inputs:
-    """Reads and checks files; loads no weights.
-
-    Raises:
-        ConfigError: the first thing that would make the run fail.
-    """
-    student_json = read_deepspeed_json(recipe.student.deepspeed, "student.deepspeed")
-    teacher_json = read_deepspeed_json(recipe.teacher.deepspeed, "teacher.deepspeed")
-    longest = max(recipe.rollout.max_new_tokens, recipe.evaluation.max_new_tokens or 0)
-    facts = check_models(recipe.student.path, recipe.teacher.path, recipe.data.max_prompt_tokens, longest)
-    tokenizer = AutoTokenizer.from_pretrained(recipe.student.path)
-    prompts = load_prompts(recipe.data.train, tokenizer, recipe.data, seed=recipe.run.seed)
-    graded = recipe.data.answer_column is not None
-    if recipe.evaluation.data is not None and not graded:
-        raise ConfigError(
-            "data.answer_column is null, but evaluation.data is set. Name the column with the reference answers."
-        )
-    steps = recipe.train.steps or prompts.steps_for(recipe.train.epochs, recipe.rollout.prompts_per_step)
-    grade = make_grader(recipe.evaluation.grader) if graded else None
-    return Inputs(
-        tokenizer,
-        facts,
-        prompts,
-        _load_eval(recipe, tokenizer, recipe.evaluation.data) if recipe.evaluation.data else None,
-        grade,
-        student_json,
-        teacher_json,
-        steps,
-    )
-
 
 def train(recipe: Recipe) -> None:
-    """Collective: the whole run, from checks to summary."""
+    """Collective: the whole run, from checks to summary. Nothing of an earlier state is touched before models and
+    checkpoint are loaded."""
     inputs = read_inputs(recipe)
     world = start_world()
+    collective = world.collective
     seed_everything(recipe.run.seed)
+    same_everywhere(collective, fingerprint(recipe, inputs))
     folder = recipe.run.folder / recipe.run.name
-    found = on_main(world.collective, lambda: _claim(folder, recipe))
-    if found is not None and found.world_size != world.size:
-        checkpoint.make_universal(found, world.collective)
-    for warning in inputs.facts.warnings if world.is_main else ():
-        print(f"warning: {warning}", flush=True)
-    student, teacher = _load_models(recipe, inputs, load_universal=found is not None and found.world_size != world.size)
-    start = found.step if found is not None else 0
+    found = on_main(collective, lambda: _claim(folder, recipe, identity(recipe, inputs)))
+    visible_everywhere(collective, folder / "config.yaml", "run.folder")
+    reshard = found is not None and found.world_size != world.size
+    if found is not None and reshard:
+        checkpoint.make_universal(found, collective)
+    student, teacher = _load_models(recipe, inputs, collective, reshard)
+    start = 0
+    if found is not None:
+        checkpoint.load(student.engine, found, collective)
+        start = found.step
     monitor = Monitor(folder, world.is_main, start, inputs.steps, inputs.tokenizer.decode, recipe.run.rollout_samples)
+    for warning in inputs.facts.warnings:
+        monitor.say(f"warning: {warning}")
     trainer = _assemble(recipe, inputs, world, student, teacher, monitor)
     if found is not None:
-        checkpoint.load(student.engine, found, world.collective)
         trainer.load_state_dict(found.state)
     store = checkpoint.CheckpointStore(
-        folder / "checkpoints", student.engine, world.collective, recipe.checkpoint.keep, recipe,
-        lambda: {"identity": _identity(recipe), **trainer.state_dict()},
+        folder / "checkpoints", student.engine, collective, recipe.checkpoint.keep, recipe,
+        lambda: {"identity": identity(recipe, inputs), **trainer.state_dict()},
     )  # fmt: skip
     trainer.train(start, store)
     if recipe.checkpoint.export:
         student.export(folder / "final", inputs.tokenizer)
     monitor.close()
-    peak = peak_memory_bytes(world.collective, world.device)
     summary = summarise(
-        monitor, steps=inputs.steps, ranks=world.size, graded=trainer.correct is not None, peak_bytes=peak,
-        before=trainer.before, after=trainer.after, device=world.device,
+        monitor, steps=inputs.steps, ranks=world.size, graded=trainer.correct is not None,
+        peak_bytes=peak_memory_bytes(collective, world.device), before=trainer.before, after=trainer.after,
+        device=world.device,
     )  # fmt: skip
-    on_main(world.collective, lambda: write_summary(folder, summary))
+    on_main(collective, lambda: write_summary(folder, summary))
 
 
-def on_main(collective: Collective, action: Callable[[], T]) -> T:
-    """Collective: rank 0 acts, all ranks get the result or raise the same user error."""
-    outcome: tuple[T | None, KatdsError | None] = (None, None)
-    if collective.rank == 0:
-        try:
-            outcome = (action(), None)
-        except KatdsError as error:
-            outcome = (None, error)
-    value, failure = collective.gather(outcome)[0]
-    if failure is not None:
-        raise failure
-    return value  # type: ignore[return-value]
-
-
-def _claim(folder: Path, recipe: Recipe) -> checkpoint.Found | None:
-    """Makes the run folder ours, or finds the checkpoint to resume from."""
-    if recipe.run.resume:
-        found = checkpoint.find_newest(folder / "checkpoints")
+def _claim(folder: Path, recipe: Recipe, mine: Mapping[str, Any]) -> checkpoint.Found | None:
+    """Makes the run folder ours, or finds the checkpoint to resume from. A run that has not begun to train leaves its
+    folder free."""
+    found = checkpoint.find_newest(folder / "checkpoints") if recipe.run.resume else None
+    if found is not None:
         saved = found.state.get("identity", {})
-        for field, value in _identity(recipe).items():
-            if saved.get(field) != value:
+        for field in sorted(mine.keys() | saved.keys()):
+            if saved.get(field) != mine.get(field):
                 raise CheckpointError(
-                    f"{field} is {value!r}, but {found.folder} was written with {saved.get(field)!r}. "
+                    f"{field} is {mine.get(field)!r}, but {found.folder} was written with {saved.get(field)!r}. "
                     "Resume with the old value, or give another run.name."
                 )
-        return found
-    if folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(entry.name not in ("config.yaml", "evaluations") for entry in folder.iterdir()):
         raise ConfigError(
-            f"run.name: {folder} already holds a run. Give another run.name, set run.resume to go on with it, or remove the folder."
+            f"run.name: {folder} already holds a run. Give another run.name, set run.resume to go on with it, or "
+            "remove the folder."
         )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(dump_recipe(recipe))
-    return None
+    return found
 
 
-def _identity(recipe: Recipe) -> dict[str, Any]:
-    """What must not change when a run is resumed: prompts, rollout ids and sampling follow from these and the step."""
-    return {
-        "run.seed": recipe.run.seed,
-        "data.train": str(recipe.data.train),
-        "rollout.prompts_per_step": recipe.rollout.prompts_per_step,
-        "rollout.samples_per_prompt": recipe.rollout.samples_per_prompt,
-        "train.minibatches": recipe.train.minibatches,
-        "stop.kind": recipe.stop.kind,
-    }
-
-
-def _load_models(recipe: Recipe, inputs: Inputs, load_universal: bool) -> tuple[ZeroStudent, ZeroFrozen]:
-    vocabulary = inputs.facts.tokenizer_size
-    student = load_student(
-        recipe.student.path,
-        inputs.student_json,
-        vocabulary,
-        recipe.train.optimizer,
-        recipe.train.activation_checkpointing,
-        load_universal,
+def _load_models(
+    recipe: Recipe, inputs: Inputs, collective: Collective, load_universal: bool
+) -> tuple[ZeroStudent, ZeroFrozen]:
+    vocabulary, optimizer = inputs.facts.tokenizer_size, recipe.train.optimizer
+    checkpointing, whole = recipe.train.activation_checkpointing, recipe.teacher.gather == "phase"
+    student_path, teacher_path = recipe.student.path, recipe.teacher.path
+    student = together(
+        collective,
+        lambda: load_student(student_path, inputs.student_json, vocabulary, optimizer, checkpointing, load_universal),
+        _unloadable("student", student_path, recipe.student.deepspeed),
     )
-    return student, load_frozen(
-        recipe.teacher.path, inputs.teacher_json, vocabulary, whole=recipe.teacher.gather == "phase"
+    teacher = together(
+        collective,
+        lambda: load_frozen(teacher_path, inputs.teacher_json, vocabulary, whole),
+        _unloadable("teacher", teacher_path, recipe.teacher.deepspeed),
+    )
+    return student, teacher
+
+
+def _unloadable(role: str, path: Path, deepspeed: Path) -> Callable[[Exception], ConfigError]:
+    return lambda error: ConfigError(
+        f"{role}.path: {path} cannot be loaded with {deepspeed} ({type(error).__name__}: {first_sentence(error)}). Check the folder's "
+        "files, and the values in that JSON."
     )
 
 
@@ -271,12 +218,6 @@ def _settings(recipe: Recipe, facts: ModelFacts, world: World, sampling: Samplin
     )
 
 
-def _load_eval(recipe: Recipe, tokenizer: Any, path: Path) -> PromptSet:
-    return load_prompts(
-        path, tokenizer, recipe.data, shuffle=False, limit=recipe.evaluation.limit, field="evaluation.data"
-    )
-
-
 def _correct(inputs: Inputs) -> Callable[[Rollout], bool] | None:
     if inputs.grade is None:
         return None
@@ -291,15 +232,11 @@ def _correct(inputs: Inputs) -> Callable[[Rollout], bool] | None:
 
 def evaluate(recipe: Recipe) -> Scores:
     """Collective: scores the model at `student.path` on `evaluation.data`; rank 0 writes them below the run folder."""
-    if recipe.evaluation.data is None or recipe.data.answer_column is None:
-        raise ConfigError(
-            "evaluation.data or data.answer_column is null: there is nothing to grade. Name the problems and their answer column."
-        )
     student_json = read_deepspeed_json(recipe.student.deepspeed, "student.deepspeed")
     longest = recipe.evaluation.max_new_tokens or recipe.rollout.max_new_tokens
     facts = check_models(recipe.student.path, recipe.student.path, recipe.data.max_prompt_tokens, longest)
     tokenizer = AutoTokenizer.from_pretrained(recipe.student.path)
-    prompts = _load_eval(recipe, tokenizer, recipe.evaluation.data)
+    prompts = load_eval_prompts(recipe, tokenizer)
     grade = make_grader(recipe.evaluation.grader)
     world = start_world()
     student = load_frozen(recipe.student.path, student_json, facts.tokenizer_size)
@@ -312,7 +249,7 @@ def evaluate(recipe: Recipe) -> Scores:
 def _write_scores(recipe: Recipe, scores: Scores) -> None:
     folder = recipe.run.folder / recipe.run.name / "evaluations"
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / ("-".join(recipe.student.path.parts[-3:]).strip("/-") + ".json")
+    file = folder / (_slug(recipe.student.path) + "--" + _slug(recipe.evaluation.data or Path()) + ".json")
     file.write_text(
         json.dumps(
             {"model": str(recipe.student.path), "data": str(recipe.evaluation.data), **scores.metrics()}, indent=2
@@ -327,3 +264,7 @@ def _write_scores(recipe: Recipe, scores: Scores) -> None:
         f"  {'length':<12} {scores.mean_tokens:.1f} tokens, {scores.finished:.0%} finished\n  written to {file}",
         flush=True,
     )
+
+
+def _slug(path: Path) -> str:
+    return "-".join(path.with_suffix("").parts[-3:]).strip("/-")

@@ -24,6 +24,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 NAME = "katds"
+_UNSUPPORTED = ("s_aux", "softcap", "position_bias", "head_mask")  # attention sinks, capped scores and the like
 
 
 @dataclass(slots=True)
@@ -93,7 +94,7 @@ def attend(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     plan: PackedPlan | SlotPlan | None = None,
-    **_: object,
+    **others: object,
 ) -> tuple[torch.Tensor, None]:
     """The function that transformers calls: query [1, Hq, N, D]; returns [1, N, Hq, D].
 
@@ -103,6 +104,8 @@ def attend(
     assert plan is not None, f"{type(module).__name__} does not pass keyword arguments on to its attention function"
     assert attention_mask is None and dropout == 0.0, "katds attention takes neither a mask nor dropout"
     q = query[0].transpose(0, 1)  # [N, Hq, D]
+    unknown = [name for name in _UNSUPPORTED if others.get(name) is not None]
+    assert not unknown, f"{type(module).__name__} asks for {unknown}, which katds attention does not compute"
     flash = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)  # the kernels know no other type
     if isinstance(plan, SlotPlan):
         slots = _slots_varlen if flash else _slots_sdpa

@@ -162,6 +162,15 @@ def _check_head(field: str, path: Path, config: PretrainedConfig) -> None:
             f"{field} is {path}, a {config.model_type!r} model. "
             "Use a decoder-only language model that transformers implements."
         )
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds:
+        raise ConfigError(
+            f"{field} is {path}, which has {sorted(kinds)[0]} layers. Use a model with attention layers only."
+        )
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        raise ConfigError(
+            f"{field} is {path}, which caps attention scores (attn_logit_softcapping). Use another model."
+        )
     for name, neutral in LOGIT_POSTPROCESSING.items():
         value = getattr(config, name, None)
         if value not in neutral:

@@ -18,7 +18,8 @@ from typing import Any
 from katds.cli import dump_recipe
 from katds.config import Recipe
 from katds.core.collective import Collective
-from katds.errors import CheckpointError
+from katds.errors import CheckpointError, first_sentence
+from katds.parallel.agree import together
 
 _TAG, _UNIVERSAL = "student", "universal"
 
@@ -93,11 +94,20 @@ def load(engine: Any, found: Found, collective: Collective) -> None:
     """Collective: model and optimizer state; `engine` was built with load_universal where the number of ranks has changed."""
     universal = found.world_size != collective.size
     tag = _UNIVERSAL if universal else _TAG
-    path, _ = engine.load_checkpoint(str(found.folder), tag=tag, load_module_strict=True)
-    if path is None:
-        raise CheckpointError(
-            f"run.resume: DeepSpeed could not read {found.folder / tag}. Remove {found.folder} to go on from an older one."
-        )
+
+    def read() -> None:
+        path, _ = engine.load_checkpoint(str(found.folder), tag=tag, load_module_strict=True)
+        if path is None:
+            raise FileNotFoundError(f"nothing under {tag}")
+
+    together(
+        collective,
+        read,
+        lambda error: CheckpointError(
+            f"run.resume: DeepSpeed could not read {found.folder / tag} ({type(error).__name__}: {first_sentence(error)}). Remove "
+            f"{found.folder} to go on from an older one."
+        ),
+    )
 
 
 def make_universal(found: Found, collective: Collective) -> None:

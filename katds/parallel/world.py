@@ -95,7 +95,7 @@ def seed_everything(seed: int) -> None:
 
 
 def _pick_device() -> torch.device:
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
         return device

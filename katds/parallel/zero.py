@@ -1,12 +1,13 @@
 """DeepSpeed ZeRO-3 engines: the student that learns, and the frozen teacher.
 
-No rank ever holds a whole model on its device: weights are partitioned while they are read. The only file that calls
-`deepspeed.initialize`.
+Weights are partitioned while they are read, so that loading and learning never need a whole model on one device; a
+rollout phase does, for the student's view (and for a teacher that is lent whole). The only file that calls `deepspeed.initialize`.
 """
 
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -59,9 +60,12 @@ class ZeroStudent:
         """Collective: writes a Hugging Face folder from rank 0 in the model's dtype."""
         with _gathered_state(self.engine.module.model) as state:
             if state is not None:
-                model = self.engine.module.model
-                model.save_pretrained(folder, state_dict=state, safe_serialization=True)
-                _save_config(self._path, folder, tokenizer)
+                partial = folder.with_name(f"{folder.name}.partial")
+                shutil.rmtree(partial, ignore_errors=True)
+                self.engine.module.model.save_pretrained(partial, state_dict=state, safe_serialization=True)
+                _save_config(self._path, partial, tokenizer)
+                shutil.rmtree(folder, ignore_errors=True)
+                partial.rename(folder)
 
 
 class ZeroFrozen:

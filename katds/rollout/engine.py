@@ -59,7 +59,8 @@ class RolloutEngine:
     """Writes rollouts with continuous batching over `settings.slots` slots per rank.
 
     Args:
-        teacher: lends the teacher for a rollout phase; None writes without scores (evaluation); the rule must then need no divergence and `needs` be empty.
+        teacher: lends the teacher for a rollout phase; None writes without scores
+            (evaluation); the rule must then need no divergence and `needs` be empty.
         needs: what the objective asks of the teacher.
         clock: told of the parts "control", "prefill", "decode", "teacher" and "judge".
     """
@@ -110,6 +111,7 @@ class RolloutEngine:
                 scores = self._score(phase, leaders, chunk)
                 if chunk is not None:
                     done += self._judge(phase, chunk, scores, signal)
+            del phase  # the caches, before the signal is laid end to end
         done.sort(key=lambda pair: pair[0].id)
         return RolloutBatch([rollout for rollout, _ in done], signal.collect([rows for _, rows in done]))
 
@@ -267,4 +269,5 @@ class _SignalLog:
             or [torch.empty(0, dtype=torch.int64)]
         )
         index = index.to(device)
-        return {key: torch.cat([chunk[key] for chunk in self._chunks])[index] for key in self._chunks[0]}
+        keys = list(self._chunks[0])
+        return {key: torch.cat([chunk.pop(key) for chunk in self._chunks])[index] for key in keys}

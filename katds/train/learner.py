@@ -6,6 +6,7 @@ the number of ranks, the micro-batches and the order of packing. The teacher is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
@@ -15,6 +16,7 @@ import torch
 from katds.core.collective import Collective
 from katds.core.objectives import Objective
 from katds.core.types import Field, Need, RolloutBatch, RolloutRequest
+from katds.errors import TrainingError
 from katds.models.attention import PackedPlan
 from katds.models.tiled_head import head_logprobs, tiled_loss
 from katds.rollout.engine import PhaseClock
@@ -79,11 +81,12 @@ class Learner:
                 sums = self._learn(share, head)
                 with self._clock("optimizer"):
                     report["lr"] = self._lr(step * self._minibatches + minibatch)
-                    report["gradient_norm"] = self._student.step(report["lr"])
+                    report["gradient_norm"] = _finite(self._student.step(report["lr"]), step)
                 for key, value in sums.items():
                     totals[key] = totals.get(key, 0.0) + value
                 report["tokens"] += share.tokens
                 report["micro_batches"] += len(share.micro_batches)
+                report["imbalance"] = share.imbalance
         return report | {key: value / report["tokens"] for key, value in totals.items()}
 
     def _learn(self, share: Share, head: Head | None) -> dict[str, float]:
@@ -153,3 +156,13 @@ class Learner:
         positions = torch.cat([torch.arange(n) for n in lengths]).to(self._device)
         plan = PackedPlan.of(lengths, self._device)
         return torch.cat(pieces), positions, plan, torch.cat(rows).to(self._device), torch.cat(picked).to(self._device)
+
+
+def _finite(norm: float, step: int) -> float:
+    """DeepSpeed passes over an update whose gradient is not finite; a run that does so without a word has stopped learning."""
+    if not math.isfinite(norm):
+        raise TrainingError(
+            f"The gradient norm of step {step + 1} is {norm}. Look at the logits of both models, or lower train.optimizer.lr; "
+            "run.resume goes on from the last checkpoint."
+        )
+    return norm

@@ -81,7 +81,7 @@ class Monitor:
         self.write(step, record)
         self.last = record
         if self._is_main:
-            self._say(_line(step + 1, self._steps, record, wall))
+            self.say(_line(step + 1, self._steps, record, wall))
             self._write_samples(step, samples)
         self._bar.update()
 
@@ -104,7 +104,7 @@ class Monitor:
         self._take_seconds()  # or they would count as the next step's
         self.write(step, {f"eval/{key}": value for key, value in scores.items()})
         if self._is_main:
-            self._say(
+            self.say(
                 f"evaluation after {step} steps: " + "  ".join(f"{key} {value:.4g}" for key, value in scores.items())
             )
 
@@ -135,9 +135,11 @@ class Monitor:
         if self._writer is not None:
             self._writer.close()
 
-    def _say(self, line: str) -> None:
-        tqdm.write(line, file=sys.stdout)
-        sys.stdout.flush()
+    def say(self, line: str) -> None:
+        """One line on rank 0, above the progress bar."""
+        if self._is_main:
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
 
     def _write_samples(self, step: int, samples: Sequence[Rollout]) -> None:
         if not self._samples:

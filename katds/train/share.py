@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from katds.core.collective import Collective
-from katds.core.packing import Plan, plan, transfers
+from katds.core.packing import Plan, imbalance, plan, transfers
 from katds.core.types import Field, RolloutBatch, RolloutRequest
 
 
@@ -26,6 +26,7 @@ class Share:
     actions: torch.Tensor  # int64 [T], kept response tokens
     signal: dict[Field, torch.Tensor]
     tokens: int  # kept tokens over all ranks
+    imbalance: float  # share of time that ranks wait for each other, by the packer's cost
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,7 @@ def deal(
             spans[taken[j]] = slice(at, at + counts[j])
             at += counts[j]
     mine = [[taken[j] for j in micro_batch] for micro_batch in packing.micro_batches[collective.rank]]
-    return Share(mine, requests, spans, actions, signal, sum(counts))
+    return Share(mine, requests, spans, actions, signal, sum(counts), imbalance(packing, lengths))
 
 
 def _move(

@@ -58,8 +58,9 @@ def add(total: Sums, sums: Sums) -> None:
 
 
 def saved_fraction(sums: Sums) -> float | None:
-    """Share of rollout tokens that the rule has saved: 1 - (mean length outside / inside the audit group)."""
-    if not sums.get("audit_tokens") or not sums.get("ruled"):
+    """Share of rollout tokens that the rule has saved: 1 - (mean length outside / inside the audit group). None where nothing
+    was ended: the groups then differ by chance only."""
+    if not sums.get("audit_tokens") or not sums.get("ruled") or terminated_fraction(sums) == 0:
         return None
     return 1.0 - (sums["ruled_tokens"] / sums["ruled"]) / (sums["audit_tokens"] / sums["audit"])
 

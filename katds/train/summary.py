@@ -48,6 +48,7 @@ def summarise(
         "after": after,
         "rollouts": int(totals["rollouts"]),
         "rollout_tokens": int(totals["tokens"]),
+        "decoded_tokens": int(totals["decoded"]),  # with those written beyond a rollout's end within a chunk
         "kept_tokens": int(totals["kept"]),
         "length_mean": totals["tokens"] / totals["rollouts"],
         "saved_fraction": saved_fraction(totals),

@@ -21,7 +21,7 @@ class PolicyGradientSettings(ObjectiveSettings):
         if filtered:
             raise ValueError(
                 "objective.kind policy_gradient is biased where rollouts are not drawn from the whole distribution; set "
-                "rollout.top_p to 1, rollout.top_k to 0 and rollout.min_p to 0, or take reverse_kl"
+                "rollout.top_p to 1, top_k and min_p to 0 and temperature above 0, or take reverse_kl"
             )
         if minibatches > 1:
             raise ValueError(

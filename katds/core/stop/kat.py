@@ -71,6 +71,14 @@ class KatSettings(StopSettings):
             raise ValueError(f"stop.window {self.window} is longer than {limit}; lower stop.window")
         if min_kept >= max_new_tokens:
             raise ValueError(f"stop.min_kept {min_kept} leaves nothing to cut below {limit}; lower stop.min_kept")
+        soonest = min_kept + self.window + (self.persistence - 1) * stride
+        if soonest > max_new_tokens:
+            raise ValueError(
+                f"stop.kind kat needs {soonest} tokens to end a rollout (stop.min_kept + stop.window + (stop.persistence - 1) x "
+                f"stop.stride), more than {limit}; lower stop.window"
+            )
+        if audit_fraction == 1:
+            raise ValueError("rollout.audit_fraction is 1: no rollout could be ended; lower it")
         if stride > self.window:
             raise ValueError(
                 f"stop.stride {stride} is longer than stop.window {self.window}: tokens would go unseen; "

@@ -1,0 +1,122 @@
+"""All that a run reads besides weights, checked before any model is loaded, and what identifies a run."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from katds.config import Recipe
+from katds.data.grading import Grader, make_grader
+from katds.data.prompts import PromptSet, load_prompts
+from katds.errors import ConfigError
+from katds.models.checks import ModelFacts, check_models
+from katds.parallel.deepspeed_config import read_deepspeed_json
+
+# What may change when a run is resumed: where things lie and how fast they go, not what is computed.
+_FREE = (
+    "run.name", "run.folder", "run.resume", "run.rollout_samples", "student.path", "student.deepspeed", "teacher.path",
+    "teacher.deepspeed", "teacher.gather", "data.train", "rollout.slots", "rollout.chunk_tokens", "train.steps", "train.epochs",
+    "train.micro_batch_tokens", "train.activation_checkpointing", "evaluation", "checkpoint",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What `read_inputs` has read. `steps` is the length of the run."""
+
+    tokenizer: Any
+    facts: ModelFacts
+    prompts: PromptSet
+    eval_prompts: PromptSet | None
+    grade: Grader | None
+    student_json: dict[str, Any]
+    teacher_json: dict[str, Any]
+    steps: int
+
+
+def read_inputs(recipe: Recipe) -> Inputs:
+    """Reads and checks files; loads no weights.
+
+    Raises:
+        ConfigError: the first thing that would make the run fail.
+    """
+    student_json = read_deepspeed_json(recipe.student.deepspeed, "student.deepspeed")
+    teacher_json = read_deepspeed_json(recipe.teacher.deepspeed, "teacher.deepspeed")
+    longest = max(recipe.rollout.max_new_tokens, recipe.evaluation.max_new_tokens or 0)
+    facts = check_models(recipe.student.path, recipe.teacher.path, recipe.data.max_prompt_tokens, longest)
+    tokenizer = AutoTokenizer.from_pretrained(recipe.student.path)
+    prompts = load_prompts(recipe.data.train, tokenizer, recipe.data, seed=recipe.run.seed)
+    steps = recipe.train.steps or prompts.steps_for(recipe.train.epochs, recipe.rollout.prompts_per_step)
+    grade = make_grader(recipe.evaluation.grader) if recipe.data.answer_column is not None else None
+    eval_prompts = load_eval_prompts(recipe, tokenizer) if recipe.evaluation.data else None
+    return Inputs(tokenizer, facts, prompts, eval_prompts, grade, student_json, teacher_json, steps)
+
+
+def load_eval_prompts(recipe: Recipe, tokenizer: Any) -> PromptSet:
+    """The problems of `evaluation.data`, in order. Each must have an answer: without one it would count as wrong."""
+    path = recipe.evaluation.data
+    if path is None or recipe.data.answer_column is None:
+        raise ConfigError(
+            "evaluation.data or data.answer_column is null, so there is nothing to grade. Name the problems and the column with "
+            "their answers."
+        )
+    limit = recipe.evaluation.limit
+    prompts = load_prompts(path, tokenizer, recipe.data, shuffle=False, limit=limit, field="evaluation.data")
+    unanswered = [prompt.index + 1 for prompt in prompts if prompt.answer is None]
+    if unanswered:
+        raise ConfigError(
+            f"evaluation.data: row {unanswered[0]} of {path} has no {recipe.data.answer_column!r} ({len(unanswered)} of {len(prompts)} "
+            "rows have none). Give each problem its answer or remove it."
+        )
+    return prompts
+
+
+def identity(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
+    """What must be the same in a run that is resumed: everything that decides what is computed."""
+    free = {key for key in _FREE if "." in key}
+    settings = {
+        key: value
+        for key, value in _flat(recipe.model_dump(mode="json"))
+        if key not in free and key.partition(".")[0] not in _FREE
+    }
+    return {
+        **settings,
+        "train.steps": inputs.steps,
+        "data.train (contents)": _prompts_digest(inputs.prompts),
+        "student.path (contents)": _model_digest(recipe.student.path),
+        "teacher.path (contents)": _model_digest(recipe.teacher.path),
+    }
+
+
+def fingerprint(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
+    """What must be the same on all ranks: every setting, and what was read."""
+    return {**dict(_flat(recipe.model_dump(mode="json"))), **identity(recipe, inputs)}
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _prompts_digest(prompts: PromptSet) -> str:
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(repr((prompt.token_ids, prompt.answer)).encode())
+    return digest.hexdigest()[:16]
+
+
+def _model_digest(folder: Path) -> str:
+    """Configuration, tokenizer, and of the weights names, sizes and headers: reading them all would take minutes."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.json")) + sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as content:
+            digest.update(f"{file.name} {file.stat().st_size}".encode() + content.read(1 << 20))
+    return digest.hexdigest()[:16]

@@ -1,0 +1,77 @@
+"""The real collective is the protocol of `katds.core.collective`, and errors on rank 0 reach every rank."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+
+from katds.errors import ConfigError
+from katds.parallel.world import start_world
+from katds.parallel.agree import on_main
+
+
+def collectives() -> Any:
+    world = start_world()
+    own = torch.tensor([float(world.rank), 2.0**53 - 1 if world.rank == 0 else 1.0], dtype=torch.float64)
+    one = own.clone()
+    total = world.collective.sum(own)
+    assert torch.equal(own, one), "an argument was overwritten"
+    # Rank r sends s + 1 rows that hold 10 r + s to rank s; rank 0 sends nothing.
+    send = [0 if world.rank == 0 else s + 1 for s in range(world.size)]
+    rows = torch.tensor([10 * world.rank + s for s, count in enumerate(send) for _ in range(count)], dtype=torch.int32)
+    receive = [0 if r == 0 else world.rank + 1 for r in range(world.size)]
+    world.collective.barrier()
+    return {
+        "world": (world.rank, world.size, world.is_main, str(world.device)),
+        "sum": total.tolist(),
+        "max": world.collective.max(own).tolist(),
+        "gather": world.collective.gather({"rank": world.rank}),
+        "exchange": world.collective.exchange(rows[:, None].expand(-1, 2), send, receive).tolist(),
+        "nothing": world.collective.exchange(rows[:0], [0] * world.size, [0] * world.size).shape,
+    }
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_collective(size: int) -> None:
+    for rank, seen in enumerate(run_ranks(size, collectives)):
+        assert seen["world"] == (rank, size, rank == 0, "cpu")
+        assert seen["sum"] == [sum(range(size)), 2.0**53 - 1 + size - 1]
+        assert seen["max"] == [size - 1, 2.0**53 - 1]
+        assert seen["gather"] == [{"rank": r} for r in range(size)]
+        assert seen["exchange"] == [[10 * r + rank] * 2 for r in range(1, size) for _ in range(rank + 1)]
+        assert seen["nothing"] == (0,)
+
+
+def only_main() -> Any:
+    collective = start_world().collective
+    calls = []
+    value = on_main(collective, lambda: calls.append(1) or {"from": collective.rank})
+    try:
+        on_main(collective, lambda: (_ for _ in ()).throw(ConfigError("run.name is taken. Give another.")))
+    except ConfigError as error:
+        return value, len(calls), str(error)
+    return None
+
+
+def test_rank_0_acts_and_its_error_is_everyones() -> None:
+    assert run_ranks(2, only_main) == [({"from": 0}, calls, "run.name is taken. Give another.") for calls in (1, 0)]
+
+
+def test_no_launcher_is_a_world_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    from katds.parallel import world
+
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that it is restored
+        monkeypatch.delenv(name)
+    world._default_environment()
+    assert (os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["MASTER_ADDR"]) == ("0", "1", "127.0.0.1")
+    port = os.environ["MASTER_PORT"]
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    world._default_environment()  # the launcher's word stands
+    assert (os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["MASTER_PORT"]) == ("1", "2", port)

@@ -1,0 +1,8 @@
+"""Puts the in-process ranks of tests/core on the path."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "core"))

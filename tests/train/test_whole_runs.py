@@ -1,0 +1,232 @@
+"""A whole run through `katds.run`: the same on every number of ranks, and written down as promised (DESIGN sections 6, 8)."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from ranks import run_ranks
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from whole_runs import full_run, records, timeless, train, weights
+from zoo import build_recipe, deepspeed_json, shared_folder
+
+from katds import run
+from katds.config import Recipe
+
+STEPS, PER_STEP, AUDITED = 4, 12, 3
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shared_folder(tmp_path_factory)
+
+
+def rollouts_of(ranks: list[dict[str, Any]], step: int) -> dict[str, Any]:
+    """id -> tokens, kept, reason, over all ranks."""
+    merged: dict[str, Any] = {}
+    for rank in ranks:
+        merged |= rank[str(step)]["rollouts"]
+    return merged
+
+
+def test_threshold_is_bit_equal_on_all_ranks_and_runs_agree(base: Path) -> None:
+    folders, ranks = zip(*(full_run(base, size) for size in (1, 2, 4)), strict=True)
+    for size, seen in zip((1, 2, 4), ranks, strict=True):
+        assert len(seen) == size
+        for rank in seen:
+            assert [s["kat"] for s in rank.values()] == [s["kat"] for s in seen[0].values()]
+        assert sum(len(rank["3"]["rollouts"]) > 0 for rank in seen) > size / 2, "the ranks did not share the work"
+    for step in range(STEPS):
+        alone = rollouts_of(ranks[0], step)
+        assert len(alone) == PER_STEP
+        assert all(rollouts_of(seen, step) == alone for seen in ranks[1:])
+    assert any(reason == "kat" for _, _, reason in rollouts_of(ranks[0], 3).values()), "nothing was cut: the test is idle"
+    for other in folders[1:]:
+        for one, two in zip(records(folders[0]), records(other), strict=True):
+            # The number of micro-batches is a rank's; logits of other batches are rounded otherwise.
+            same = {"train/micro_batches": 0, "train/imbalance": 0}
+            assert timeless(two) | same == pytest.approx(timeless(one) | same, rel=1e-4)
+        for name, value in weights(folders[0]).items():
+            assert (weights(other)[name] - value).abs().max() < 1e-6, name
+
+
+def test_threshold_by_hand(base: Path) -> None:
+    """The last threshold is the upper quantile of the queue in the checkpoint, and every entry has its rollout."""
+    folder, ranks = full_run(base, 2)
+    state = json.loads((folder / "checkpoints" / "step-4" / "state.json").read_text())["rule"]
+    ordered = sorted(state["minima"])
+    at = (len(ordered) - 1) * 0.7
+    below = ordered[int(at)] + (ordered[math.ceil(at)] - ordered[int(at)]) * (at % 1)
+    assert float.fromhex(ranks[0]["3"]["kat"]["kat/threshold"]) == pytest.approx(below, rel=1e-12)
+    written = [r for step in range(STEPS) for r in rollouts_of(ranks, step).values()]
+    assert len(ordered) == min(32, sum(reason != "kat" and len(ids) >= 4 for ids, _, reason in written))
+
+
+def test_records_agree_with_the_rollouts(base: Path) -> None:
+    folder, ranks = full_run(base, 2)
+    steps = [record for record in records(folder) if "loss/total" in record]
+    assert [record["step"] for record in steps] == list(range(STEPS))
+    for step, record in enumerate(steps):
+        written = list(rollouts_of(ranks, step).values())
+        reasons = Counter(reason for _, _, reason in written)
+        assert record["train/tokens"] == sum(kept for _, kept, _ in written)
+        assert record["rollout/length_mean"] == pytest.approx(sum(len(ids) for ids, _, _ in written) / PER_STEP)
+        assert record["rollout/kept_mean"] == pytest.approx(sum(kept for _, kept, _ in written) / PER_STEP)
+        assert record["rollout/terminated_fraction"] == pytest.approx(reasons["kat"] / PER_STEP)
+        assert {k: v for k, v in record.items() if k.startswith("stop/")} == {
+            f"stop/{reason}": pytest.approx(reasons[reason] / PER_STEP) for reason in ("eos", "length", "kat", "prefix", "random")
+        }
+    phases = ("rollout", "learn", "report")
+    for record in steps:
+        wall = sum(record[f"time/{phase}"] for phase in phases)
+        rate = record["rollout/length_mean"] * PER_STEP / wall
+        assert record["throughput/rollout_tokens_per_second"] == pytest.approx(rate)
+    # Two warm-up steps, then half a cosine.
+    assert [record["train/lr"] for record in steps] == pytest.approx([5e-4, 1e-3, 1e-3, 5e-4])
+
+
+def test_tensorboard_holds_metrics_jsonl(base: Path) -> None:
+    folder, _ = full_run(base, 2)
+    assert_same_as_tensorboard(folder)
+    evaluated = [record for record in records(folder) if "eval/avg@2" in record]
+    assert [record["step"] for record in evaluated] == [0, 2, 4]
+
+
+def assert_same_as_tensorboard(folder: Path) -> None:
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    shown = {(tag, e.step): e.value for tag in events.Tags()["scalars"] for e in events.Scalars(tag)}
+    count = sum(len(events.Scalars(tag)) for tag in events.Tags()["scalars"])
+    written = {(tag, r["step"]): v for r in records(folder) for tag, v in r.items() if tag != "step"}
+    assert count == len(shown), "TensorBoard shows a step twice"
+    assert shown == pytest.approx(written, rel=1e-6)
+
+
+def test_rollout_samples(base: Path) -> None:
+    folder, ranks = full_run(base, 2)
+    files = sorted((folder / "rollouts").iterdir())
+    assert [file.name for file in files] == [f"step-{step:06d}.jsonl" for step in range(STEPS)]
+    cuts = 0
+    for step, file in enumerate(files):
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        assert len(rows) == 4  # run.rollout_samples
+        for row in rows:
+            ids, kept, reason = ranks[0][str(step)]["rollouts"][str(row["id"])]
+            assert (row["tokens"], row["kept"], row["reason"]) == (len(ids), kept, reason)
+            assert len(row["response"].split()) == row["tokens"] == len(row["kl"]) and min(row["kl"]) > -1e-4
+            assert row["prompt"].startswith("<user>") and row["prompt"].endswith("<assistant>")
+            assert row["audit"] is False or row["reason"] != "kat"
+            assert row["cut_at"] is None or row["kept"] == row["cut_at"] - 5  # window 4, persistence 2, stride 1
+            cuts += row["cut_at"] is not None
+    assert cuts > 0
+
+
+def test_run_folder_and_summary(base: Path) -> None:
+    folder, ranks = full_run(base, 2)
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("events.out.tfevents"))
+    assert names == ["checkpoints", "config.yaml", "final", "metrics.jsonl", "rollouts", "summary.json"]
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-2", "step-4"]
+    recipe = yaml.safe_load((folder / "config.yaml").read_text())
+    assert recipe["train"]["steps"] == 4 and recipe == yaml.safe_load((folder / "checkpoints/step-4/config.yaml").read_text())
+
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary.keys() == {
+        "steps", "ranks", "before", "after", "rollouts", "rollout_tokens", "kept_tokens", "length_mean", "saved_fraction",
+        "saved_fraction_since_first_termination", "saved_fraction_paired", "terminated_share",
+        "terminated_share_since_first_termination", "false_termination_share", "audit_rollouts", "threshold", "seconds",
+        "training_seconds", "decoded_tokens", "rollout_tokens_per_second", "rollout_tokens_per_second_and_rank", "peak_memory_bytes",
+        "device", "versions",
+    }  # fmt: skip
+    written = [r for step in range(STEPS) for r in rollouts_of(ranks, step).values()]
+    tokens, cut = sum(len(ids) for ids, _, _ in written), sum(reason == "kat" for _, _, reason in written)
+    assert (summary["steps"], summary["ranks"], summary["rollouts"]) == (STEPS, 2, STEPS * PER_STEP)
+    assert (summary["rollout_tokens"], summary["kept_tokens"]) == (tokens, sum(kept for _, kept, _ in written))
+    assert summary["audit_rollouts"] == STEPS * AUDITED
+    assert summary["terminated_share"] == pytest.approx(cut / len(written))
+    later = [r for step in range(1, STEPS) for r in rollouts_of(ranks, step).values()]  # the first step cannot cut
+    assert summary["terminated_share_since_first_termination"] == pytest.approx(cut / len(later))
+    last = [record for record in records(folder) if "loss/total" in record][-1]
+    assert summary["threshold"] == last["kat/threshold"]
+    assert summary["saved_fraction"] == pytest.approx(last["rollout/saved_fraction_total"])
+    evaluated = [record for record in records(folder) if "eval/avg@2" in record]
+    for scores, record in ((summary["before"], evaluated[0]), (summary["after"], evaluated[-1])):
+        assert {f"eval/{key}": value for key, value in scores.items()} | {"step": record["step"]} == record
+    loop = sum(summary["seconds"][phase] for phase in ("rollout", "learn", "report"))
+    assert summary["training_seconds"] == pytest.approx(loop, abs=0.002)
+    assert summary["rollout_tokens_per_second_and_rank"] == pytest.approx(tokens / summary["training_seconds"] / 2)
+
+
+def test_final_model_is_the_trained_student(base: Path) -> None:
+    """Against DeepSpeed's own reading of the last checkpoint. That it gives the student's logits is proved in test_view."""
+    folder, _ = full_run(base, 2)
+    recipe = json.loads((base / "recipe.json").read_text())
+    final, loading = AutoModelForCausalLM.from_pretrained(folder / "final", dtype=torch.float32, output_loading_info=True)
+    assert not any(loading.values()), loading
+    checkpoint = get_fp32_state_dict_from_zero_checkpoint(str(folder / "checkpoints" / "step-4"), tag="student")
+    trained = {name.removeprefix("model."): value for name, value in checkpoint.items()}
+    start = AutoModelForCausalLM.from_pretrained(recipe["student"]["path"], dtype=torch.float32)
+    for name, value in start.named_parameters():
+        assert torch.equal(final.get_parameter(name), trained[name]), name
+    assert any((trained[name] - value).abs().max() > 1e-4 for name, value in start.named_parameters())
+    assert "lm_head.weight" not in load_file(folder / "final" / "model.safetensors"), "tied weights are stored once"
+    assert final.lm_head.weight is final.model.embed_tokens.weight
+    assert final.config.to_diff_dict() | {"_name_or_path": ""} == start.config.to_diff_dict() | {"_name_or_path": ""}
+    ours, theirs = (AutoTokenizer.from_pretrained(path) for path in (folder / "final", recipe["student"]["path"]))
+    assert ours.get_vocab() == theirs.get_vocab() and ours.chat_template == theirs.chat_template
+    assert GenerationConfig.from_pretrained(folder / "final").eos_token_id == theirs.eos_token_id
+
+
+def test_a_run_with_other_options(tmp_path: Path) -> None:
+    """bf16, full-vocabulary loss, prefix cuts, two updates a step, recomputed activations, no answers, no samples."""
+    recipe = build_recipe(
+        tmp_path, "other",
+        stop={}, objective={"kind": "jsd"},
+        data={"answer_column": None}, evaluation={"data": None}, run={"rollout_samples": 0},
+        checkpoint={"every": 1, "keep": 1},
+    )  # fmt: skip
+    recipe["stop"] = {"kind": "prefix", "tokens": 9}
+    recipe["train"] |= {"steps": 2, "minibatches": 2, "activation_checkpointing": True}
+    recipe["train"]["optimizer"] = {"lr": 1e-2, "warmup_fraction": 0.0, "gradient_clip": None}
+    (tmp_path / "zero3.json").write_text(json.dumps(deepspeed_json() | {"bf16": {"enabled": True}}))
+    train(2, recipe)
+    folder = tmp_path / "runs" / "other"
+    steps = records(folder)
+    assert [record["step"] for record in steps] == [0, 1]
+    for record in steps:
+        assert 0.5 < record["stop/prefix"] <= 9 / 12 and record["stop/kat"] == record["stop/random"] == 0
+        assert record["stop/prefix"] + record["stop/eos"] + record["stop/length"] == pytest.approx(1)
+        assert record["rollout/kept_mean"] <= 9 < record["rollout/length_mean"]  # the audit group is written out
+        assert math.isfinite(record["loss/total"]) and record["train/gradient_norm"] > 0
+        assert "kat/threshold" not in record and "kat/false_terminations" not in record
+    assert [record["train/lr"] for record in steps] == pytest.approx([1e-2 * (1 + math.cos(math.pi * t)) / 2 for t in (0.25, 0.75)])
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-2"]
+    assert list((folder / "rollouts").iterdir()) == []
+    assert {value.dtype for value in weights(folder).values()} == {torch.bfloat16}
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["before"] is summary["after"] is summary["threshold"] is summary["false_termination_share"] is None
+
+
+def evaluate(recipe: dict[str, Any]) -> dict[str, float]:
+    return run.evaluate(Recipe.model_validate(recipe)).metrics()
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_evaluating_the_final_model_repeats_the_run_s_own_score(base: Path, tmp_path: Path, size: int) -> None:
+    """Exported weights, common random numbers, any number of ranks."""
+    folder, _ = full_run(base, 2)
+    recipe = json.loads((base / "recipe.json").read_text())
+    recipe["student"]["path"], recipe["run"] = str(folder / "final"), {"name": "scores", "folder": str(tmp_path), "seed": 3}
+    after = json.loads((folder / "summary.json").read_text())["after"]
+    assert 0 < after["avg@2"] < 1 and after["pass@2"] > after["avg@2"], "the score says nothing"
+    assert run_ranks(size, evaluate, recipe) == [after] * size
+    (file,) = (tmp_path / "scores" / "evaluations").iterdir()
+    assert {key: value for key, value in json.loads(file.read_text()).items() if key in after} == after
