@@ -32,7 +32,12 @@ def start(*arguments: str, launcher: bool = False) -> subprocess.CompletedProces
     ours = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH"}
     environment = {key: value for key, value in os.environ.items() if key not in ours} | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*command, "launch/train.py", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+        [*command, "launch/train.py", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
 
 

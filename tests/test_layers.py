@@ -81,7 +81,9 @@ def test_libraries_stay_in_their_layers(path: Path) -> None:
             allowed = top in {"katds", "torch", "pydantic"} or top in sys.stdlib_module_names
             assert allowed, f"{path}:{line}: core imports {module}"
         if mine == "rollout":
-            assert top in {"katds", "torch"} or top in sys.stdlib_module_names, f"{path}:{line}: rollout imports {module}"
+            assert top in {"katds", "torch"} or top in sys.stdlib_module_names, (
+                f"{path}:{line}: rollout imports {module}"
+            )
         if name in ("katds.rollout.slots", "katds.rollout.requests"):
             assert top != "torch", f"{path}:{line}: scheduling needs no tensors"
 
@@ -98,7 +100,11 @@ def test_kinds_become_objects_in_one_place() -> None:
     """Only katds.run reads `.kind` of a section; the recipe's own checks and messages may name it."""
     for path in MODULES:
         if layer(name_of(path)) not in {"run", "config"}:
-            reads = [n.lineno for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute) and n.attr == "kind"]
+            reads = [
+                n.lineno
+                for n in ast.walk(ast.parse(path.read_text()))
+                if isinstance(n, ast.Attribute) and n.attr == "kind"
+            ]
             assert not reads, f"{path}:{reads}"
 
 

@@ -66,7 +66,9 @@ def test_student_adds_micro_batches_in_fp32_and_clips_as_told() -> None:
     assert config["wall_clock_breakdown"] is True
     assert student_config(user, None)["gradient_clipping"] == 0.0  # DeepSpeed's default is 1
     assert user == before
-    assert student_config(ZERO3 | {"data_types": {"grad_accum_dtype": "bf16"}}, None)["data_types"] == {"grad_accum_dtype": "bf16"}
+    assert student_config(ZERO3 | {"data_types": {"grad_accum_dtype": "bf16"}}, None)["data_types"] == {
+        "grad_accum_dtype": "bf16"
+    }
 
 
 def test_teacher_has_neither_optimizer_nor_its_offload() -> None:

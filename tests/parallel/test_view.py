@@ -52,7 +52,9 @@ def live_bytes() -> int:
 
 def learn(student: Any) -> None:
     """One step on a loss that moves every weight."""
-    loss = student.forward(**packed() | {"head": lambda hidden, weight, bias: linear(hidden, weight, bias).logsumexp(-1).sum()})
+    loss = student.forward(
+        **packed() | {"head": lambda hidden, weight, bias: linear(hidden, weight, bias).logsumexp(-1).sum()}
+    )
     student.backward(loss, last=True)
     student.step(1e-2)
 

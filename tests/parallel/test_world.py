@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from local_ranks import LocalRank, run_local
 from ranks import run_ranks
 
-from katds.errors import ConfigError
+from katds.errors import ConfigError, KatdsError
+from katds.parallel.agree import on_main, same_everywhere, together, visible_everywhere
 from katds.parallel.world import start_world
-from katds.parallel.agree import on_main
 
 
 def collectives() -> Any:
@@ -59,6 +61,53 @@ def only_main() -> Any:
 
 def test_rank_0_acts_and_its_error_is_everyones() -> None:
     assert run_ranks(2, only_main) == [({"from": 0}, calls, "run.name is taken. Give another.") for calls in (1, 0)]
+
+
+def raised(action: Any) -> Any:
+    try:
+        return action()
+    except KatdsError as error:
+        return type(error).__name__, str(error), error.reported_by_main
+
+
+def agreement(folder: Path) -> list[Any]:
+    collective = start_world().collective
+    rank = collective.rank
+
+    def unlucky() -> int:
+        if rank == 1:
+            raise KeyError("weight")
+        return rank
+
+    (folder / f"seen-by-{rank}").touch()
+    collective.barrier()
+    return [
+        raised(lambda: on_main(collective, lambda: (folder / "none" / "file").write_text(""))),
+        raised(lambda: together(collective, unlucky, lambda error: ConfigError(f"broken: {error!r}"))),
+        raised(lambda: together(collective, lambda: rank, lambda error: ConfigError("never"))),
+        raised(lambda: same_everywhere(collective, {"data.train": 1, "stop.window": 4 + rank})),
+        raised(lambda: same_everywhere(collective, {"data.train": 1})),
+        raised(lambda: visible_everywhere(collective, folder / "seen-by-0", "run.folder")),
+    ]
+
+
+def test_ranks_act_as_one(tmp_path: Path) -> None:
+    """An error on any rank is one error on all."""
+    for rank, (unwritable, broken, fine, desync, agreed, visible) in enumerate(run_ranks(2, agreement, tmp_path)):
+        assert unwritable[0] == "ConfigError" and str(tmp_path / "none" / "file") in unwritable[1] and unwritable[2]
+        assert broken == ("ConfigError", "broken: KeyError('weight')", True)
+        assert fine == rank and agreed is visible is None
+        assert desync[0] == "DesyncError" and f"stop.window is {4 + rank}" in desync[1]
+
+
+def test_a_file_that_a_rank_does_not_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("katds.parallel.agree.VISIBLE_SECONDS", 0.3)
+
+    def job(rank: LocalRank) -> Any:
+        return raised(lambda: visible_everywhere(rank, tmp_path / ("none" if rank.rank == 1 else ""), "run.folder"))
+
+    for kind, message, _ in run_local(2, job):
+        assert kind == "ConfigError" and message.startswith("run.folder: rank 1 does not see")
 
 
 def test_no_launcher_is_a_world_of_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,7 +66,10 @@ class Scored:
         """What the engine would hand to the rank that wrote the rollouts i with mine(i); any order of rollouts."""
         chosen = [i for i in range(len(self.rollouts)) if mine(i)][::-1]
         rows = [self._signal(i, needs, dtype) for i in chosen]
-        return RolloutBatch([self.rollouts[i] for i in chosen], {key: torch.cat([r[key] for r in rows]) for key in (rows[0] if rows else ())})
+        return RolloutBatch(
+            [self.rollouts[i] for i in chosen],
+            {key: torch.cat([r[key] for r in rows]) for key in (rows[0] if rows else ())},
+        )
 
     def _signal(self, i: int, needs: frozenset[Need], dtype: torch.dtype) -> dict[Field, torch.Tensor]:
         kept = self.rollouts[i].kept
@@ -116,7 +119,9 @@ def _bucketed(logprobs: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return torch.cat([top, 1 - top.sum(-1, keepdim=True)], -1)
 
 
-def _token_losses(name: str, p: torch.Tensor, q: torch.Tensor, ids: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+def _token_losses(
+    name: str, p: torch.Tensor, q: torch.Tensor, ids: torch.Tensor, actions: torch.Tensor
+) -> torch.Tensor:
     """The published formulas, token by token; p and q are log-probabilities [T, V] of student and teacher."""
     if name == "reverse_kl_full":
         return (p.exp() * (p - q)).sum(-1)
@@ -137,7 +142,9 @@ def _token_losses(name: str, p: torch.Tensor, q: torch.Tensor, ids: torch.Tensor
     return -(other - own).detach() * own
 
 
-def reference_gradient(name: str, student: Any, data: Scored, chosen: list[int]) -> tuple[dict[str, torch.Tensor], float]:
+def reference_gradient(
+    name: str, student: Any, data: Scored, chosen: list[int]
+) -> tuple[dict[str, torch.Tensor], float]:
     """Autograd of (sum of token losses of the chosen rollouts) / (their kept tokens); the mean loss."""
     student.zero_grad()
     total, tokens = torch.zeros((), dtype=torch.float64), 0
@@ -147,7 +154,9 @@ def reference_gradient(name: str, student: Any, data: Scored, chosen: list[int])
             continue
         response = rollout.response_ids[: rollout.kept]
         p, _ = _responses(student, list(rollout.request.prompt.token_ids), response)
-        losses = _token_losses(name, p, data.teacher[i][: rollout.kept], data.student_ids[i][: rollout.kept], torch.tensor(response))
+        losses = _token_losses(
+            name, p, data.teacher[i][: rollout.kept], data.student_ids[i][: rollout.kept], torch.tensor(response)
+        )
         total, tokens = total + losses.sum(), tokens + rollout.kept
     (total / tokens).backward()
     return {key: value.grad.clone() for key, value in student.named_parameters()}, float(total.detach()) / tokens
@@ -164,17 +173,22 @@ class PlainStudent:
         self.model = FlatCausalLM(model.train(), VOCABULARY)
         self.updates: list[dict[str, torch.Tensor]] = []
         self._collective = collective
+        self._complete = False
 
     def forward(self, **inputs: Any) -> Any:
         return self.model(**inputs)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
+        assert not self._complete, "a micro-batch after the last one"
         loss.backward()
+        self._complete = last
         if last:
             for parameter in self.model.parameters():
                 parameter.grad = self._collective.sum(parameter.grad) / self._collective.size
 
     def step(self, lr: float) -> float:
+        assert self._complete, "an update without a last micro-batch"
+        self._complete = False
         self.updates.append({name: p.grad.clone() for name, p in self.model.model.named_parameters()})
         self.model.zero_grad()
         return float(torch.stack([g.norm() for g in self.updates[-1].values()]).norm())
@@ -191,7 +205,9 @@ class PlainTeacher:
         yield self._weight, None
 
 
-def learner(name: str, student: Any, teacher: Any, collective: Collective, budget: int, minibatches: int = 1) -> Learner:
+def learner(
+    name: str, student: Any, teacher: Any, collective: Collective, budget: int, minibatches: int = 1
+) -> Learner:
     return Learner(
         student, teacher, objective(name), collective, lr=lambda step: 0.0, temperature=TEMPERATURE, minibatches=minibatches,
         budget=budget, device=torch.device("cpu"), clock=lambda _: nullcontext(),

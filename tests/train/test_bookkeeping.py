@@ -56,7 +56,14 @@ def test_clock_names_nested_phases_by_their_path() -> None:
     with pytest.raises(RuntimeError), clock("learn"), clock("forward"):
         raise RuntimeError
     seconds = clock.take()
-    assert set(seconds) == {"rollout", "rollout/decode", "rollout/teacher", "rollout/teacher/decode", "learn", "learn/forward"}
+    assert set(seconds) == {
+        "rollout",
+        "rollout/decode",
+        "rollout/teacher",
+        "rollout/teacher/decode",
+        "learn",
+        "learn/forward",
+    }
     assert seconds["rollout"] >= seconds["rollout/decode"] >= 0.004
     assert clock.take() == {}
     with clock("learn"):  # an error has not left its phases open
@@ -64,7 +71,9 @@ def test_clock_names_nested_phases_by_their_path() -> None:
     assert set(clock.take()) == {"learn"}
 
 
-def rollout(i: int, length: int, reason: StopReason = StopReason.LENGTH, audit: bool = False, cut: Cut | None = None) -> Rollout:
+def rollout(
+    i: int, length: int, reason: StopReason = StopReason.LENGTH, audit: bool = False, cut: Cut | None = None
+) -> Rollout:
     kept = cut.kept if cut else length
     request = RolloutRequest(i, Prompt(i, (5, 6)), 100, audit)
     return Rollout(request, [7] * length, kept, reason, cut, [0.5] * length)
@@ -94,7 +103,9 @@ def test_sums_by_hand_on_any_ranks() -> None:
         "audit_correct": 2, "audit_cut_correct": 1, "stop/eos": 3, "stop/length": 1, "stop/kat": 2, "stop/prefix": 0,
         "stop/random": 0,
     }  # fmt: skip
-    shared = run_local(3, lambda rank: statistics.step_sums(ROLLOUTS[rank.rank :: 3], [250, 0, 0][rank.rank], correct, rank))
+    shared = run_local(
+        3, lambda rank: statistics.step_sums(ROLLOUTS[rank.rank :: 3], [250, 0, 0][rank.rank], correct, rank)
+    )
     assert shared == [alone] * 3
 
 
@@ -108,14 +119,26 @@ def test_metrics_by_hand() -> None:
     assert statistics.saved_fraction_paired(sums) == pytest.approx(70 / 180)
     assert "kat/false_terminations" not in statistics.step_metrics(sums, graded=False)
     unscored = statistics.step_sums([Rollout(ROLLOUTS[2].request, [7] * 5, 5, EOS)], 5, None, Solo())
-    assert statistics.step_metrics(unscored, graded=True).keys() & {"rollout/kl_mean", "rollout/saved_fraction", "kat/false_terminations"} == set()
+    assert (
+        statistics.step_metrics(unscored, graded=True).keys()
+        & {"rollout/kl_mean", "rollout/saved_fraction", "kat/false_terminations"}
+        == set()
+    )
 
 
 def monitor(folder: Path, start: int = 0, steps: int = 20) -> Monitor:
     return Monitor(folder, True, start, steps, lambda ids: " ".join(map(str, ids)), rollout_samples=2)
 
 
-LEARNED = {"loss": 0.25, "kl": 0.25, "entropy": 1.5, "lr": 1e-6, "gradient_norm": 0.75, "tokens": 124.0, "micro_batches": 3.0}
+LEARNED = {
+    "loss": 0.25,
+    "kl": 0.25,
+    "entropy": 1.5,
+    "lr": 1e-6,
+    "gradient_norm": 0.75,
+    "tokens": 124.0,
+    "micro_batches": 3.0,
+}
 
 
 def record(of: Monitor, step: int, learned: dict[str, float] = LEARNED, extra: dict[str, float] | None = None) -> None:
@@ -133,7 +156,9 @@ def test_console_lines_are_aligned(tmp_path: Path, capsys: pytest.CaptureFixture
     of.close()
     first, second = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
     second_cells = re.split(r"  (?=[a-z])", second)
-    assert second.startswith("step 10/20  loss  0.2500  kl  0.5000  length   40.0  kept   20.7  cut  33%  saved  67%  threshold 1.23e-02  lr 1.00e-06")
+    assert second.startswith(
+        "step 10/20  loss  0.2500  kl  0.5000  length   40.0  kept   20.7  cut  33%  saved  67%  threshold 1.23e-02  lr 1.00e-06"
+    )
     assert first.startswith("step  1/20  loss       -  kl  0.5000") and "threshold        -  lr        -" in first
     assert [len(cell) for cell in re.split(r"  (?=[a-z])", first)][:8] == [len(cell) for cell in second_cells][:8]
 
@@ -161,8 +186,15 @@ def test_only_rank_0_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 def test_resume_drops_what_will_be_done_again(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
-    lines = ['{"step": 0, "eval/avg@2": 0.1}', '{"step": 0, "loss/total": 3}', '{"step": 1, "loss/total": 2}', '{"step": 2, "eval/avg@2": 0.4}']
-    file.write_text("\n".join([*lines, '{"step": 2, "loss/total": 1}', '{"step": 3, "eval/avg@2": 0.5}', '{"step": 3, "lo']))
+    lines = [
+        '{"step": 0, "eval/avg@2": 0.1}',
+        '{"step": 0, "loss/total": 3}',
+        '{"step": 1, "loss/total": 2}',
+        '{"step": 2, "eval/avg@2": 0.4}',
+    ]
+    file.write_text(
+        "\n".join([*lines, '{"step": 2, "loss/total": 1}', '{"step": 3, "eval/avg@2": 0.5}', '{"step": 3, "lo'])
+    )
     of = monitor(tmp_path, start=2)
     of.close()
     assert file.read_text().splitlines() == lines, "the evaluation after two steps belongs to them"
@@ -178,7 +210,14 @@ def test_summary_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     of.close()
     values: dict[str, Any] = {"avg@8": 0.25, "avg@8_low": 0.1, "avg@8_high": 0.4, "length_mean": 30.0}
     summary = summarise(
-        of, steps=2, ranks=2, graded=True, peak_bytes=3 * 2**20, before=values, after=values | {"avg@8": 0.5}, device=torch.device("cpu")
+        of,
+        steps=2,
+        ranks=2,
+        graded=True,
+        peak_bytes=3 * 2**20,
+        before=values,
+        after=values | {"avg@8": 0.5},
+        device=torch.device("cpu"),
     )
     expected = {
         "steps": 2, "ranks": 2, "rollouts": 8, "rollout_tokens": 440, "kept_tokens": 324, "length_mean": 55.0,
@@ -191,7 +230,19 @@ def test_summary_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     write_summary(tmp_path, summary)
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     out = capsys.readouterr().out
-    for text in ("2 steps on 2 ranks", "0.250 -> 0.500", "30 -> 30", "440 (324)", "42.9%", "66.7%", "25.0%", "50.0%", "0.25", "22 rollout tokens/s", "3 MiB"):
+    for text in (
+        "2 steps on 2 ranks",
+        "0.250 -> 0.500",
+        "30 -> 30",
+        "440 (324)",
+        "42.9%",
+        "66.7%",
+        "25.0%",
+        "50.0%",
+        "0.25",
+        "22 rollout tokens/s",
+        "3 MiB",
+    ):
         assert text in out, text
     assert "_low" not in out
 
@@ -200,14 +251,18 @@ def correct_none(of: Rollout) -> bool:
     return False
 
 
-def test_summary_of_a_run_without_audit_evaluation_or_threshold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_summary_of_a_run_without_audit_evaluation_or_threshold(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     of = monitor(tmp_path)
     plain = [rollout(0, 8, EOS)]
     with of.phase("rollout"):
         pass
     of.step(0, statistics.step_sums(plain, 8, None, Solo()), {}, LEARNED, plain)
     of.close()
-    summary = summarise(of, steps=1, ranks=1, graded=False, peak_bytes=1, before=None, after=None, device=torch.device("cpu"))
+    summary = summarise(
+        of, steps=1, ranks=1, graded=False, peak_bytes=1, before=None, after=None, device=torch.device("cpu")
+    )
     nothing = {key for key, value in summary.items() if value is None}
     assert nothing == {
         "before", "after", "saved_fraction", "saved_fraction_since_first_termination", "saved_fraction_paired",

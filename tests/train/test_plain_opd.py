@@ -36,7 +36,9 @@ def prompts(step: int) -> list[Prompt]:
 def distil(root: Path, out: Path) -> list[Any]:
     """On a rank: three steps of katds; its rollouts as (prompt, response), by step, and what was reported."""
     world = start_world()
-    student = load_student(root / "student", deepspeed_json(), VOCABULARY, optimizer(gradient_clip=CLIP, **SETTINGS), False)
+    student = load_student(
+        root / "student", deepspeed_json(), VOCABULARY, optimizer(gradient_clip=CLIP, **SETTINGS), False
+    )
     teacher = load_frozen(root / "teacher", deepspeed_json(), VOCABULARY)
     objective, clock = ReverseKl("full"), lambda _: nullcontext()
     settings = EngineSettings(2, 7, (1,), Sampling(), 0, 0, world.device)

@@ -25,7 +25,9 @@ def token(rollout: int, position: int) -> int:
     return rollout * 1000 + position
 
 
-def batch_of(rank: int, size: int, shapes: list[tuple[int, int, int, int]], dtype: torch.dtype) -> tuple[RolloutBatch, list[RolloutRequest]]:
+def batch_of(
+    rank: int, size: int, shapes: list[tuple[int, int, int, int]], dtype: torch.dtype
+) -> tuple[RolloutBatch, list[RolloutRequest]]:
     """Tokens and signal rows that name their rollout and position. A rank that wrote nothing has no signal at all."""
     requests = [RolloutRequest(50 + i, Prompt(i, (7,) * prompt), 99) for i, (prompt, *_) in enumerate(shapes)]
     mine = [i for i, (*_, owner) in enumerate(shapes) if owner % size == rank]
@@ -35,11 +37,17 @@ def batch_of(rank: int, size: int, shapes: list[tuple[int, int, int, int]], dtyp
         ids = [token(i, t) for t in range(kept + beyond)]
         rollouts.append(Rollout(requests[i], ids, kept, StopReason.LENGTH))
     rows = torch.tensor([t for r in rollouts for t in r.response_ids[: r.kept]], dtype=torch.int64)
-    signal = {Field.SAMPLED: rows.float(), Field.STUDENT_TOP_IDS: torch.stack([rows, rows + 1], 1).int(), Field.HIDDEN: rows[:, None].expand(-1, 3).to(dtype)}
+    signal = {
+        Field.SAMPLED: rows.float(),
+        Field.STUDENT_TOP_IDS: torch.stack([rows, rows + 1], 1).int(),
+        Field.HIDDEN: rows[:, None].expand(-1, 3).to(dtype),
+    }
     return RolloutBatch(rollouts, signal if mine else {}), requests
 
 
-def check(shares: list[Share], shapes: list[tuple[int, int, int, int]], chosen: list[int], budget: int, dtype: torch.dtype) -> None:
+def check(
+    shares: list[Share], shapes: list[tuple[int, int, int, int]], chosen: list[int], budget: int, dtype: torch.dtype
+) -> None:
     kept = {i: shapes[i][1] for i in chosen if shapes[i][1]}
     assert len({len(share.micro_batches) for share in shares}) == 1
     learnt = [i for share in shares for members in share.micro_batches for i in members]
@@ -55,20 +63,26 @@ def check(shares: list[Share], shapes: list[tuple[int, int, int, int]], chosen: 
             span = share.spans[i]
             assert torch.equal(share.actions[span], expected)
             assert torch.equal(share.signal[Field.SAMPLED][span], expected.float())
-            assert torch.equal(share.signal[Field.STUDENT_TOP_IDS][span], torch.stack([expected, expected + 1], 1).int())
+            assert torch.equal(
+                share.signal[Field.STUDENT_TOP_IDS][span], torch.stack([expected, expected + 1], 1).int()
+            )
             assert torch.equal(share.signal[Field.HIDDEN][span], expected[:, None].expand(-1, 3).to(dtype))
         for members in share.micro_batches:
             assert len(members) <= 1 or sum(shapes[i][0] + kept[i] - 1 for i in members) <= budget
 
 
-def on_rank(collective: Any, shapes: list[tuple[int, int, int, int]], chosen: list[int], budget: int, dtype: torch.dtype) -> Share:
+def on_rank(
+    collective: Any, shapes: list[tuple[int, int, int, int]], chosen: list[int], budget: int, dtype: torch.dtype
+) -> Share:
     batch, requests = batch_of(collective.rank, collective.size, shapes, dtype)
     return deal(batch, requests, survey(batch, requests, collective), chosen, budget, collective, CPU)
 
 
 @settings(max_examples=150, deadline=None, phases=[Phase.explicit, Phase.generate])  # shrinking a hang takes minutes
 @given(size=st.integers(1, 4), shapes=ROLLOUTS, budget=st.integers(1, 80), data=st.data())
-def test_every_kept_token_arrives_once_with_its_signal(size: int, shapes: list[Any], budget: int, data: st.DataObject) -> None:
+def test_every_kept_token_arrives_once_with_its_signal(
+    size: int, shapes: list[Any], budget: int, data: st.DataObject
+) -> None:
     minibatches = data.draw(st.integers(1, 3))
     for minibatch in range(minibatches):
         chosen = list(range(minibatch, len(shapes), minibatches))
@@ -87,7 +101,10 @@ def over_gloo() -> list[Share]:
     collective = start_world().collective
     shares = [on_rank(collective, shapes, list(range(len(shapes))), 20, torch.bfloat16) for shapes in SHAPES]
     # Tensors would travel as shared memory of a process that ends.
-    return [dataclasses.replace(s, actions=s.actions.tolist(), signal={k: v.tolist() for k, v in s.signal.items()}) for s in shares]
+    return [
+        dataclasses.replace(s, actions=s.actions.tolist(), signal={k: v.tolist() for k, v in s.signal.items()})
+        for s in shares
+    ]
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -101,7 +118,8 @@ def test_over_real_processes_in_all_types(size: int) -> None:
             share.actions = torch.tensor(share.actions, dtype=torch.int64)
             empty = {Field.SAMPLED: (0,), Field.STUDENT_TOP_IDS: (0, 2), Field.HIDDEN: (0, 3)}
             share.signal = {
-                k: torch.tensor(v, dtype=types[k]) if v else torch.empty(empty[k], dtype=types[k]) for k, v in share.signal.items()
+                k: torch.tensor(v, dtype=types[k]) if v else torch.empty(empty[k], dtype=types[k])
+                for k, v in share.signal.items()
             }
         check(shares, shapes, list(range(len(shapes))), 20, torch.bfloat16)
 

@@ -55,7 +55,9 @@ def timeless(record: dict[str, Any]) -> dict[str, Any]:
 
 def rankless(record: dict[str, Any]) -> dict[str, Any]:
     """Without what depends on the number of ranks: time, and how rollouts were packed."""
-    return {key: value for key, value in timeless(record).items() if key not in ("train/micro_batches", "train/imbalance")}
+    return {
+        key: value for key, value in timeless(record).items() if key not in ("train/micro_batches", "train/imbalance")
+    }
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
