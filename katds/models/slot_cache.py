@@ -44,7 +44,8 @@ class SlotCache(Cache):
         for buffers, new in ((self._keys, key), (self._values, value)):
             if layer == len(buffers):
                 _, heads, _, dim = new.shape
-                buffers.append(new.new_zeros(self.slots, self.length, heads, dim))
+                with torch.inference_mode(False):  # written in either mode later on
+                    buffers.append(torch.zeros(self.slots, self.length, heads, dim, dtype=new.dtype, device=new.device))
             rows = new[0].transpose(0, 1)
             if plan.write_source is not None:
                 rows = rows[plan.write_source]

@@ -39,14 +39,19 @@ class Sampling:
 def sample(
     logprobs_SV: torch.Tensor, keys_S: torch.Tensor, counters_S: torch.Tensor, sampling: Sampling
 ) -> torch.Tensor:
-    """One token per row, int64 [S].
+    """One token per row, int64 [S], with the random number of (key, counter); see `draw`."""
+    return draw(logprobs_SV, uniforms(keys_S, counters_S), sampling)
+
+
+def draw(logprobs_SV: torch.Tensor, u_S: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """One token per row, int64 [S], with random numbers u in (0, 1).
 
     `logprobs_SV` is the float32 log-softmax at the sampling temperature. Cost: one pass over the vocabulary; with a
     filter one sort. Inverse transform sampling: the first token whose cumulated probability exceeds u times the total.
     """
     if sampling.greedy:
         return logprobs_SV.argmax(-1)
-    u = uniforms(keys_S, counters_S)[:, None]
+    u = u_S[:, None]
     probabilities = logprobs_SV.exp()
     if not sampling.filtered:
         return _invert(probabilities, u)
