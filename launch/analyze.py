@@ -22,7 +22,8 @@ def main() -> None:
     rows = choose(read_rollouts(arguments.run), arguments.count)
     if not rows:
         raise ConfigError(
-            f"{arguments.run} holds no audit rollout that the stop rule would have cut. Take a run of stop.kind kat with rollout.audit_fraction above 0."
+            f"{arguments.run} holds no audit rollout that the stop rule would have cut. Take a run of stop.kind kat with "
+            "rollout.audit_fraction above 0."
         )
     stop = read_recipe(arguments.run / "config.yaml")["stop"]
     plot(rows, stop.get("window", 1), thresholds_by_step(arguments.run), arguments.out)

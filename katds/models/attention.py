@@ -155,20 +155,24 @@ def _group_sdpa(
 ) -> torch.Tensor:
     q = q[group.tokens]
     heads, dim = q.shape[1:]
-    if group.scatter is None:
-        square = q.view(group.slots, group.width, heads, dim)
-    else:
-        square = q.new_zeros(group.slots, group.width, heads, dim)
-        square[group.scatter] = q
     at = slice(group.first_slot, group.first_slot + group.slots)
     k, v = key[at, :keys].transpose(1, 2), value[at, :keys].transpose(1, 2)  # [slots, Hkv, keys, D]
     mask = group.mask if window is None else _window(group.mask, window)
     # Query heads that share a key head are stacked along the query axis: no key or value is copied for them.
     kv_heads = k.shape[1]
     share = heads // kv_heads
+    if group.width == 1 and group.scatter is None:  # a decode step, where every operation counts
+        stacked = q.view(group.slots, kv_heads, share, dim)
+        out = scaled_dot_product_attention(stacked, k, v, attn_mask=mask, scale=scaling)
+        return out.reshape(group.slots, heads, dim)
+    if group.scatter is None:
+        square = q.view(group.slots, group.width, heads, dim)
+    else:
+        square = q.new_zeros(group.slots, group.width, heads, dim)
+        square[group.scatter] = q
     stacked = square.view(group.slots, group.width, kv_heads, share, dim).permute(0, 2, 3, 1, 4)
     stacked = stacked.reshape(group.slots, kv_heads, share * group.width, dim)
-    if share > 1 and group.width > 1:
+    if share > 1:
         mask = mask.repeat(1, 1, share, 1)
     out = scaled_dot_product_attention(stacked, k, v, attn_mask=mask, scale=scaling)
     out = out.view(group.slots, kv_heads, share, group.width, dim).permute(0, 3, 1, 2, 4)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -118,6 +119,8 @@ def _join_deepspeed() -> None:
     """Hands the existing process group to DeepSpeed."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # DeepSpeed still calls the old names; a line per rank and call site would bury the run's own.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\..*` is deprecated", FutureWarning)
     import deepspeed
     import deepspeed.ops
 
