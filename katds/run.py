@@ -218,14 +218,14 @@ def _settings(recipe: Recipe, facts: ModelFacts, world: World, sampling: Samplin
     )
 
 
-def _correct(inputs: Inputs) -> Callable[[Rollout], bool] | None:
+def _correct(inputs: Inputs) -> Callable[[Rollout], bool | None] | None:
     if inputs.grade is None:
         return None
     grade, to_text = inputs.grade, text_decoder(inputs.tokenizer)
 
-    def correct(rollout: Rollout) -> bool:
+    def correct(rollout: Rollout) -> bool | None:
         answer = rollout.request.prompt.answer
-        return answer is not None and grade(to_text(rollout.response_ids), answer)
+        return None if answer is None else grade(to_text(rollout.response_ids), answer)
 
     return correct
 

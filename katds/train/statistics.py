@@ -16,14 +16,18 @@ Sums = dict[str, float]
 
 _KEYS = (
     "rollouts", "tokens", "kept", "kl", "scored", "decoded", "ruled", "ruled_tokens", "audit", "audit_tokens", "audit_cut",
-    "audit_cut_tokens", "audit_correct", "audit_cut_correct", *(f"stop/{reason.value}" for reason in StopReason),
+    "audit_cut_tokens", "audit_cut_graded", "audit_cut_correct", *(f"stop/{reason.value}" for reason in StopReason),
 )  # fmt: skip
 
 
 def step_sums(
-    rollouts: Sequence[Rollout], decoded_tokens: int, correct: Callable[[Rollout], bool] | None, collective: Collective
+    rollouts: Sequence[Rollout],
+    decoded_tokens: int,
+    correct: Callable[[Rollout], bool | None] | None,
+    collective: Collective,
 ) -> Sums:
-    """Collective. `correct` grades a complete rollout; it is asked for the audit group only.
+    """Collective. `correct` grades a complete rollout (None: it has no reference answer); it is asked for audit rollouts that
+    the rule would have ended.
 
     "ruled" are the rollouts outside the audit group; "audit_cut" those inside that the rule would have ended, with
     "audit_cut_tokens" the tokens that it would have saved there.
@@ -42,12 +46,12 @@ def step_sums(
         sums[group] += 1
         sums[f"{group}_tokens"] += length
         if rollout.request.audit:
-            right = correct is not None and correct(rollout)
-            sums["audit_correct"] += right
             if rollout.cut is not None:
+                right = correct(rollout) if correct is not None else None
                 sums["audit_cut"] += 1
                 sums["audit_cut_tokens"] += length - rollout.cut.at
-                sums["audit_cut_correct"] += right
+                sums["audit_cut_graded"] += right is not None
+                sums["audit_cut_correct"] += right is True
     total = collective.sum(torch.tensor([sums[key] for key in _KEYS], dtype=torch.float64))
     return dict(zip(_KEYS, total.tolist(), strict=True))
 
@@ -73,7 +77,7 @@ def saved_fraction_paired(sums: Sums) -> float | None:
 
 def false_termination_share(sums: Sums, graded: bool) -> float | None:
     """Among audit rollouts that the rule would have ended: share that went on to the right answer."""
-    return sums["audit_cut_correct"] / sums["audit_cut"] if graded and sums.get("audit_cut") else None
+    return sums["audit_cut_correct"] / sums["audit_cut_graded"] if graded and sums.get("audit_cut_graded") else None
 
 
 def step_metrics(sums: Sums, graded: bool) -> dict[str, float]:

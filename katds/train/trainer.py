@@ -35,7 +35,7 @@ class Trainer:
     monitor: Monitor
     steps: int
     evaluate: Callable[[], Mapping[str, float]] | None
-    correct: Callable[[Rollout], bool] | None
+    correct: Callable[[Rollout], bool | None] | None
     evaluate_every: int
     checkpoint_every: int
     before: Mapping[str, float] | None = None  # scores of the untrained and of the trained student

@@ -100,7 +100,7 @@ def test_sums_by_hand_on_any_ranks() -> None:
     assert alone == {
         "rollouts": 6, "tokens": 240, "kept": 4 + 20 + 20 + 40 + 10 + 30, "kl": 120.0, "scored": 240, "decoded": 250,
         "ruled": 3, "ruled_tokens": 60, "audit": 3, "audit_tokens": 180, "audit_cut": 2, "audit_cut_tokens": 70,
-        "audit_correct": 2, "audit_cut_correct": 1, "stop/eos": 3, "stop/length": 1, "stop/kat": 2, "stop/prefix": 0,
+        "audit_cut_graded": 2, "audit_cut_correct": 1, "stop/eos": 3, "stop/length": 1, "stop/kat": 2, "stop/prefix": 0,
         "stop/random": 0,
     }  # fmt: skip
     shared = run_local(
