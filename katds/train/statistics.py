@@ -45,13 +45,12 @@ def step_sums(
         group = "audit" if rollout.request.audit else "ruled"
         sums[group] += 1
         sums[f"{group}_tokens"] += length
-        if rollout.request.audit:
-            if rollout.cut is not None:
-                right = correct(rollout) if correct is not None else None
-                sums["audit_cut"] += 1
-                sums["audit_cut_tokens"] += length - rollout.cut.at
-                sums["audit_cut_graded"] += right is not None
-                sums["audit_cut_correct"] += right is True
+        if rollout.request.audit and rollout.cut is not None:
+            right = correct(rollout) if correct is not None else None
+            sums["audit_cut"] += 1
+            sums["audit_cut_tokens"] += length - rollout.cut.at
+            sums["audit_cut_graded"] += right is not None
+            sums["audit_cut_correct"] += right is True
     total = collective.sum(torch.tensor([sums[key] for key in _KEYS], dtype=torch.float64))
     return dict(zip(_KEYS, total.tolist(), strict=True))
 
