@@ -18,8 +18,8 @@ Row = tuple[str, dict[str, Any]]
 def read_rows(path: Path, field: str) -> Iterator[Row]:
     """Rows of a .jsonl, .json, .csv or .parquet file, a folder of such files, or a saved Hugging Face dataset.
 
-    `field` is the setting that named the path. JSON and CSV are read here and not by `datasets`: it fixes one type
-    per column from the first rows, so that an answer "x+1" after an answer 42 fails, and it names no line.
+    `field` is the setting that named the path. `datasets` streams the files. JSON lines it reads as text, each parsed
+    here: its JSON reader fixes one type per column, so that an answer "x+1" after an answer 42 fails, and names no line.
     """
     if not path.exists():
         raise ConfigError(f"{field} is {path}, which does not exist (seen from {Path.cwd()}). Give a file or folder.")
@@ -45,9 +45,18 @@ def _json_rows(path: Path) -> Iterator[Row]:
             rows = enumerate(_parse(file.read(), str(path)), 1)
             yield from ((f"{path} row {n}", _mapping(row, f"{path} row {n}")) for n, row in rows)
             return
-        for n, line in enumerate(file, 1):
-            if line.strip():
-                yield f"{path}:{n}", _mapping(_parse(line, f"{path}:{n}"), f"{path}:{n}")
+    for n, row in enumerate(_stream("text", path, encoding="utf-8-sig"), 1):
+        if row["text"].strip():
+            yield f"{path}:{n}", _mapping(_parse(row["text"], f"{path}:{n}"), f"{path}:{n}")
+
+
+def _stream(kind: str, path: Path, **options: Any) -> Iterator[dict[str, Any]]:
+    """Rows as `datasets` reads them, with a cache folder of its own: ranks neither copy the data nor wait for each other's
+    locks."""
+    from datasets import load_dataset
+
+    with TemporaryDirectory() as cache:
+        yield from load_dataset(kind, data_files=str(path), split="train", streaming=True, cache_dir=cache, **options)
 
 
 def _parse(text: str, place: str) -> Any:
@@ -75,13 +84,8 @@ def _csv_rows(path: Path) -> Iterator[Row]:
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
-    from datasets import load_dataset
-
     try:
-        # Streaming and a cache folder of its own, so that ranks neither copy the data nor wait for each other's locks.
-        with TemporaryDirectory() as cache:
-            rows = load_dataset("parquet", data_files=str(path), split="train", streaming=True, cache_dir=cache)
-            yield from ((f"{path} row {n}", row) for n, row in enumerate(rows, 1))
+        yield from ((f"{path} row {n}", row) for n, row in enumerate(_stream("parquet", path), 1))
     except Exception as error:  # pyarrow's and datasets' own kinds
         raise ConfigError(f"{path} cannot be read as parquet ({first_sentence(error)}). Repair the file.") from None
 
