@@ -6,10 +6,13 @@ relative to the recipe that says it.
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -127,7 +130,26 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
         code = 2
     except KeyboardInterrupt:
         code = 130
-    sys.exit(code)
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    _end_process(code)
+
+
+def _end_process(code: int) -> NoReturn:
+    """What Python does at exit, up to but without the teardown of the interpreter.
+
+    gloo's worker threads outlive `destroy_process_group`, since DeepSpeed's parameters hold the groups. A worker gives the
+    tensors of its last collective back some time after the collective has returned, for which it needs the interpreter's
+    lock; asked for during the teardown, the lock ends the thread and with it, through a C++ destructor, the process: exit
+    code -6 after a finished run. Nothing tells when a worker has done so, so that waiting for it is no cure.
+    """
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # closed, or nobody reads it any more
+            stream.flush()
+    os._exit(code)
 
 
 def _report(error: KatdsError) -> None:

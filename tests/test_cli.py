@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -230,6 +231,12 @@ def interrupt() -> int:
     raise KeyboardInterrupt
 
 
+@pytest.fixture(autouse=True)
+def keep_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """run_main ends the process; tests/parallel/test_world.py looks at how."""
+    monkeypatch.setattr(cli, "_end_process", sys.exit)
+
+
 @pytest.mark.parametrize(
     ("main", "code", "said"),
     [(fail, 2, "error: x is 3. Lower it.\n"), (interrupt, 130, ""), (lambda: None, 0, ""), (lambda: 5, 5, "")],
@@ -252,6 +259,9 @@ def test_other_ranks_let_rank_0_speak_first(monkeypatch, capsys) -> None:  # typ
     assert capsys.readouterr().err == "error on rank 3: x is 3. Lower it.\n"
 
 
-def test_other_errors_keep_their_traceback() -> None:
-    with pytest.raises(ZeroDivisionError):
+def test_other_errors_keep_their_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
         run_main(lambda: 1 // 0)
+    assert left.value.code == 1
+    said = capsys.readouterr().err
+    assert said.startswith("Traceback") and "1 // 0" in said and "ZeroDivisionError" in said

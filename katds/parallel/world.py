@@ -85,6 +85,7 @@ def start_world(timeout_seconds: float = 1800.0) -> World:
 
 
 def stop_world() -> None:
+    """Leaves the ranks. gloo's threads live on for as long as anything holds a group; see `katds.cli.run_main`."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -124,3 +126,49 @@ def test_no_launcher_is_a_world_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     world._default_environment()  # the launcher's word stands
     assert (os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["MASTER_PORT"]) == ("1", "2", port)
+
+
+# Its main thread keeps the interpreter's lock to the end, while gloo's workers ask for it to give their tensors back. On a
+# busy machine, chance does the same to a real run.
+LEAVES = """
+import atexit, sys, time
+import torch
+import torch.distributed as dist
+from katds.cli import run_main
+from katds.errors import ConfigError
+
+def main():
+    dist.init_process_group("gloo", store=dist.FileStore(sys.argv[1], 1), rank=0, world_size=1)
+    sys.held = dist.group.WORLD  # as DeepSpeed's parameters do
+    atexit.register(print, "atexit")
+    print("main")
+    sys.setswitchinterval(1000)
+    dist.all_gather([torch.empty(2**23)], torch.ones(2**23), async_op=True)  # takes a while
+    end = time.perf_counter() + 0.3
+    while time.perf_counter() < end:
+        pass
+    LEAVE
+
+run_main(main)
+"""
+
+
+def test_a_program_ends_with_its_own_code(tmp_path: Path) -> None:
+    """Not with the -6 of a thread that asks for the interpreter's lock during the teardown; and nothing is lost."""
+    leaves = {
+        "return 0": (0, ""),
+        "raise ConfigError('x')": (2, "error: x"),
+        "raise KeyboardInterrupt": (130, ""),
+        "1 // 0": (1, "ZeroDivisionError: "),
+    }
+    programs = [
+        subprocess.Popen(
+            [sys.executable, "-c", LEAVES.replace("LEAVE", leave), str(tmp_path / str(code))],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for leave, (code, _) in leaves.items()
+    ]  # fmt: skip
+    for program, (code, said) in zip(programs, leaves.values(), strict=True):
+        out, err = program.communicate(timeout=120)
+        assert (program.returncode, out) == (code, "main\natexit\n"), err
+        assert said in err and bool(said) == bool(err)
