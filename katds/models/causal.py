@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from katds.core.packing import attention_weight
 from katds.models.attention import PackedPlan, SlotPlan
 from katds.models.slot_cache import SlotCache
 
@@ -50,6 +51,15 @@ class FlatCausalLM(nn.Module):
     def head_parameters(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight [V, H] and bias of the head, as its functions see them."""
         return self._rows(self.head)
+
+    def attention_weight(self) -> float:
+        """How attention compares with the matrix products of this model; see `katds.core.packing.attention_weight`."""
+        config = self.model.config
+        heads = config.num_attention_heads
+        width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+        # Not numel: under ZeRO-3 a weight is empty most of the time.
+        parameters = sum(m.in_features * m.out_features for m in self.model.modules() if isinstance(m, nn.Linear))
+        return attention_weight(config.num_hidden_layers, width, parameters)
 
     def forward(
         self,

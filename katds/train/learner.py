@@ -15,6 +15,7 @@ import torch
 
 from katds.core.collective import Collective
 from katds.core.objectives import Objective
+from katds.core.packing import DEFAULT_ATTENTION_WEIGHT
 from katds.core.types import Field, Need, RolloutBatch, RolloutRequest
 from katds.errors import TrainingError
 from katds.models.attention import PackedPlan
@@ -45,6 +46,7 @@ class Learner:
         lr: optimizer step number -> learning rate.
         minibatches: optimizer steps per call; rollouts are dealt to them by place in the step.
         budget: tokens of a micro-batch on one rank.
+        attention_weight: of the student; see `katds.core.packing`.
     """
 
     def __init__(
@@ -60,10 +62,11 @@ class Learner:
         budget: int,
         device: torch.device,
         clock: PhaseClock,
+        attention_weight: float = DEFAULT_ATTENTION_WEIGHT,
     ) -> None:
         self._student, self._teacher, self._objective, self._collective = student, teacher, objective, collective
         self._lr, self._temperature, self._minibatches, self._budget = lr, temperature, minibatches, budget
-        self._device, self._clock = device, clock
+        self._device, self._clock, self._attention_weight = device, clock, attention_weight
 
     def update(self, batch: RolloutBatch, requests: list[RolloutRequest], step: int) -> dict[str, float]:
         """Collective: learns from one step's rollouts; returns means per kept token over all ranks, learning rate, gradient norm."""
@@ -75,7 +78,9 @@ class Learner:
             for minibatch in range(self._minibatches):
                 chosen = range(minibatch, len(requests), self._minibatches)
                 with self._clock("pack"):
-                    share = deal(batch, requests, kept, chosen, self._budget, self._collective, self._device)
+                    share = deal(
+                        batch, requests, kept, chosen, self._budget, self._attention_weight, self._collective, self._device
+                    )  # fmt: skip
                 if share.tokens == 0:
                     continue
                 sums = self._learn(share, head)

@@ -55,6 +55,7 @@ def deal(
     kept: Kept,
     chosen: Sequence[int],
     budget: int,
+    attention_weight: float,
     collective: Collective,
     device: torch.device,
 ) -> Share:
@@ -65,7 +66,7 @@ def deal(
     taken = [i for i in chosen if kept.tokens[i] > 0]
     lengths = [len(requests[i].prompt.token_ids) + kept.tokens[i] - 1 for i in taken]
     owners = [kept.owners[i] for i in taken]
-    packing = plan(lengths, owners, collective.size, budget)
+    packing = plan(lengths, owners, collective.size, budget, attention_weight)
     counts = [kept.tokens[i] for i in taken]
     actions, signal = _move(batch, [requests[i].id for i in taken], counts, packing, owners, collective, device)
     spans, at = {}, 0
@@ -74,7 +75,8 @@ def deal(
             spans[taken[j]] = slice(at, at + counts[j])
             at += counts[j]
     mine = [[taken[j] for j in micro_batch] for micro_batch in packing.micro_batches[collective.rank]]
-    return Share(mine, requests, spans, actions, signal, sum(counts), imbalance(packing, lengths))
+    waiting = imbalance(packing, lengths, attention_weight)
+    return Share(mine, requests, spans, actions, signal, sum(counts), waiting)
 
 
 def _move(

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from local_ranks import LocalRank, run_local
 from ranks import run_ranks
 
+from katds.core.packing import DEFAULT_ATTENTION_WEIGHT
 from katds.core.types import Field, Prompt, Rollout, RolloutBatch, RolloutRequest, StopReason
 from katds.parallel.world import start_world
 from katds.train.share import Share, deal, survey
@@ -75,7 +76,9 @@ def on_rank(
     collective: Any, shapes: list[tuple[int, int, int, int]], chosen: list[int], budget: int, dtype: torch.dtype
 ) -> Share:
     batch, requests = batch_of(collective.rank, collective.size, shapes, dtype)
-    return deal(batch, requests, survey(batch, requests, collective), chosen, budget, collective, CPU)
+    return deal(
+        batch, requests, survey(batch, requests, collective), chosen, budget, DEFAULT_ATTENTION_WEIGHT, collective, CPU
+    )
 
 
 @settings(max_examples=150, deadline=None, phases=[Phase.explicit, Phase.generate])  # shrinking a hang takes minutes
