@@ -1,4 +1,7 @@
-"""Sampling draws from the distribution that transformers' own filters leave, and from nothing else."""
+"""Sampling draws from the distribution that transformers' own filters leave, and from nothing else.
+
+Each filter is computed in several ways (candidates, histogram, bisection); they are compared with one full stable sort.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ from transformers import (
 )
 
 from katds.core import counter
-from katds.rollout.sampling import Sampling, sample
+from katds.rollout import sampling as module
+from katds.rollout.sampling import Drawn, Sampling, sample_step
 
 FILTERS = [
     Sampling(),
@@ -44,7 +48,7 @@ def filtered(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
 
 
 def draw(logits: torch.Tensor, keys: torch.Tensor, counters: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    return sample(torch.log_softmax(logits / sampling.scale, -1), keys, counters, sampling)
+    return sample_step(logits, counter.uniforms(keys, counters), sampling, 0).tokens_S
 
 
 def unmix(x: int) -> int:
@@ -136,11 +140,180 @@ def test_greedy_takes_the_most_probable_token_whatever_the_filters() -> None:
         assert torch.equal(draw(logits, torch.arange(50), torch.arange(50), sampling), logits.argmax(-1))
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("vocabulary", [30, 2048, 4099])
 @pytest.mark.parametrize("sampling", FILTERS, ids=NAMES)
-def test_a_row_does_not_know_its_neighbours(sampling: Sampling) -> None:
-    logits, keys, counters = random_logits(40, 30), torch.arange(40) ** 5, torch.arange(40) % 7
-    together = draw(logits, keys, counters, sampling)
+def test_a_row_does_not_know_its_neighbours(sampling: Sampling, vocabulary: int, threads: int) -> None:
+    """Bit for bit, the reported best included, whatever its place and the size of the batch."""
+    logits, u = random_logits(40, vocabulary), torch.rand(40, generator=torch.Generator().manual_seed(2))
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(draw(logits[order], keys[order], counters[order], sampling), together[order])
-    alone = [draw(logits[i : i + 1], keys[i : i + 1], counters[i : i + 1], sampling) for i in range(40)]
-    assert torch.equal(torch.cat(alone), together)
+
+    def fields(drawn: Drawn) -> list[torch.Tensor]:
+        assert drawn.top_ids_SK is not None and drawn.top_logprobs_SK is not None
+        return [drawn.tokens_S, drawn.top_ids_SK, drawn.top_logprobs_SK]
+
+    torch.set_num_threads(threads)
+    try:
+        together = fields(sample_step(logits, u, sampling, 16))
+        shuffled = fields(sample_step(logits[order], u[order], sampling, 16))
+        alone = [fields(sample_step(logits[i : i + 1], u[i : i + 1], sampling, 16)) for i in range(40)]
+    finally:
+        torch.set_num_threads(1)
+    for i, field in enumerate(together):
+        assert torch.equal(shuffled[i], field[order])
+        assert torch.equal(torch.cat([row[i] for row in alone]), field)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("vocabulary", "k"), [(24, 16), (24, 30), (5000, 64)])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.6, top_p=0.9), Sampling(temperature=0.0)])
+def test_the_best_are_those_of_the_unfiltered_log_softmax(
+    sampling: Sampling, vocabulary: int, k: int, dtype: torch.dtype
+) -> None:
+    logits = (random_logits(20, vocabulary) * 3).to(dtype)
+    logits[3, 5:] = -torch.inf
+    drawn = sample_step(logits, torch.full((20,), 0.5), sampling, k)
+    expected = (logits.double() / sampling.scale).log_softmax(-1)
+    assert drawn.top_logprobs_SK is not None and drawn.top_ids_SK is not None
+    assert drawn.top_logprobs_SK.dtype == torch.float32 and drawn.top_ids_SK.dtype == torch.int64
+    plain = (logits.float() / sampling.scale).log_softmax(-1)  # errs by up to an ulp of the logits, here 1e-5
+    allowed = 2 * (plain - expected).nan_to_num().abs().amax().item() + 1e-6
+    close = {"rtol": 0, "atol": allowed}
+    best = expected.topk(min(k, vocabulary)).values
+    torch.testing.assert_close(drawn.top_logprobs_SK.double(), expected.gather(-1, drawn.top_ids_SK), **close)
+    torch.testing.assert_close(drawn.top_logprobs_SK.sort(-1, descending=True).values.double(), best, **close)
+    assert sample_step(logits, torch.full((20,), 0.5), sampling, 0).top_ids_SK is None
+
+
+def kinds_of_rows(vocabulary: int) -> torch.Tensor:
+    """Probabilities from flat to peaked, with ties, with equal values throughout, with impossible tokens."""
+    logits = random_logits(60, vocabulary, seed=vocabulary) * 0.7
+    tied = random_logits(60, vocabulary, seed=1).bfloat16().float().round(decimals=1)
+    impossible = logits.masked_fill(random_logits(60, vocabulary, seed=2) < 0, -torch.inf)
+    impossible[:, 0] = 0.0
+    return torch.cat([logits, tied, impossible, torch.zeros(2, vocabulary)]).softmax(-1)
+
+
+def kept_by_sort(probabilities: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """The definition: sort, equal probabilities by token; drop; put back."""
+    ordered, ids = probabilities.sort(dim=-1, descending=True, stable=True)
+    kept = ordered * module._keep(ordered, sampling)
+    return torch.zeros_like(probabilities).scatter(-1, ids, kept)
+
+
+@pytest.mark.parametrize("vocabulary", [7, 300, 2048, 4099])
+@pytest.mark.parametrize(
+    "sampling",
+    [s for s in FILTERS if s.top_k or s.top_p < 1]
+    + [Sampling(top_p=p) for p in (0.1, 0.25, 0.5, 0.99, 1 - 1e-9)]
+    + [Sampling(top_p=0.9, min_p=0.05), Sampling(top_k=64), Sampling(top_k=200, top_p=0.5)],
+)
+def test_every_way_keeps_what_a_full_sort_keeps(
+    sampling: Sampling, vocabulary: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probabilities = kinds_of_rows(vocabulary)
+    expected = kept_by_sort(probabilities, sampling)
+    assert torch.equal(module._kept_by_edge(probabilities, sampling), expected), "histogram"
+    for count in (1, 8, 64, vocabulary):
+        ids = probabilities.topk(min(count, vocabulary)).indices
+        assert torch.equal(module._kept_by_candidates(probabilities, ids, sampling), expected), count
+    assert torch.equal(module._kept_by_candidates(probabilities, None, sampling), expected)
+    monkeypatch.setattr(module, "_edge_by_histogram", module._edge_by_bisection)
+    assert torch.equal(module._kept_by_edge(probabilities, sampling), expected), "bisection"
+    assert torch.equal(module._kept_by_candidates(probabilities, None, sampling), expected)
+
+
+@pytest.mark.parametrize("vocabulary", [300, 4099])
+@pytest.mark.parametrize("sampling", [s for s in FILTERS if s.filtered and s.top_p > 0.1])
+def test_wide_kept_sets_are_those_of_transformers(sampling: Sampling, vocabulary: int) -> None:
+    """Its float64 arithmetic and ours of float32 may differ in tokens that lie within a rounding error of an edge."""
+    logits = random_logits(60, vocabulary, seed=3)
+    expected = filtered(logits.double(), sampling)
+    probabilities = (logits / sampling.temperature).softmax(-1)
+    if sampling.top_k or sampling.top_p < 1:
+        kept = module._kept_by_candidates(probabilities, None, sampling)
+    else:
+        kept = module._above_min_p(probabilities, probabilities, sampling.min_p)
+    wrong = (kept > 0) != (expected > 1e-30)
+    assert wrong.sum() <= 2 and (probabilities[wrong] < 1e-2).all()
+
+
+@pytest.mark.parametrize("vocabulary", [20, 1009, 2048, 151936])
+def test_a_comb_of_numbers_draws_each_token_as_often_as_it_is_probable(vocabulary: int) -> None:
+    """Sharper than a chi-square: tokens hold an interval of u each, so that a comb counts its length to one tooth at
+    either end. At 151,936 tokens most probabilities are below one tooth, so groups of neighbours are compared, too."""
+    teeth = 4096
+    u = (torch.arange(teeth) + 0.5) / teeth
+    for row in random_logits(3, vocabulary, seed=5) * 0.3:
+        probabilities = row.softmax(-1)
+        drawn = torch.cat([module._invert(probabilities.expand(len(part), -1), part) for part in u.split(256)])
+        share = torch.bincount(drawn, minlength=vocabulary).double() / teeth
+        expected = row.double().softmax(-1)
+        assert (share - expected).abs().max() <= 2 / teeth
+        columns = vocabulary // module._rows(vocabulary)
+        by_column = (share - expected).view(-1, columns).sum(0)
+        assert by_column.abs().max() <= 2 / teeth and by_column.cumsum(0).abs().max() <= 2 / teeth
+
+
+@pytest.mark.parametrize("vocabulary", [2048, 4099, 151936])
+@pytest.mark.parametrize("share", [0.5, 0.999])
+@pytest.mark.parametrize("u", [2.0**-24, 0.5, 1 - 2.0**-24])
+def test_an_impossible_token_is_never_drawn_from_a_large_vocabulary(vocabulary: int, share: float, u: float) -> None:
+    """Also where the possible ones are hardly so, and with extreme numbers."""
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.rand(16, vocabulary, generator=generator)
+    weights *= torch.rand(16, vocabulary, generator=generator) > share
+    weights[:, vocabulary // 3] = 0.5
+    for scale in (1.0, 1e-6):
+        probabilities = weights / weights.sum(-1, keepdim=True) * scale
+        drawn = module._invert(probabilities, torch.full((16,), u))
+        assert (probabilities.gather(-1, drawn[:, None]) > 0).all()
+
+
+def test_a_number_on_the_edge_of_an_interval_belongs_to_the_next_possible_token() -> None:
+    weights = torch.tensor([0.0, 0.25, 0.0, 0.0, 0.25, 0.5, 0.0]).expand(5, -1)
+    u = torch.tensor([0.0, 0.125, 0.25, 0.5, 1 - 2.0**-50], dtype=torch.float64)
+    index, rest = module._locate(weights, u[:, None])
+    assert index.flatten().tolist() == [1, 1, 4, 5, 5]
+    assert rest[:4].flatten().tolist() == [0.0, 0.5, 0.0, 0.0] and 0.99 < rest[4] < 1
+
+
+@pytest.mark.parametrize("sampling", FILTERS, ids=NAMES)
+def test_a_row_of_nan_gets_a_token_and_leaves_the_others_theirs(sampling: Sampling) -> None:
+    """An index out of bounds would end a process on CUDA, before the trainer can say that its loss is not finite."""
+    logits, u = random_logits(3, 2048), torch.tensor([0.1, 0.999, 0.5])
+    expected = sample_step(logits, u, sampling, 16).tokens_S
+    for broken in (torch.nan, torch.inf, -torch.inf):
+        logits[1] = broken
+        drawn = sample_step(logits, u, sampling, 16).tokens_S
+        assert drawn[[0, 2]].tolist() == expected[[0, 2]].tolist() and 0 <= drawn[1] < 2048
+
+
+@pytest.mark.parametrize("sampling", [*FILTERS, Sampling(temperature=0.0)])
+def test_nothing_waits_for_the_device(sampling: Sampling, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs on CUDA runs on tensors without data, which can be asked for their shapes only."""
+    monkeypatch.setattr(module, "_edge_by_histogram", module._edge_by_bisection)
+    monkeypatch.setattr(module, "_kept_by_candidates", lambda rows, ids, sampling: module._kept_by_edge(rows, sampling))
+    drawn = sample_step(torch.empty(3, 2048, device="meta"), torch.empty(3, device="meta"), sampling, 16)
+    assert drawn.tokens_S.shape == (3,) and drawn.top_ids_SK is not None and drawn.top_ids_SK.shape == (3, 16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sampling", FILTERS, ids=NAMES)
+def test_a_cuda_graph_draws_what_the_cpu_draws(sampling: Sampling) -> None:
+    logits, u = random_logits(200, 2048), torch.rand(200, generator=torch.Generator().manual_seed(0))
+    expected = sample_step(logits, u, sampling, 16)
+    logits, u = logits.cuda(), u.cuda()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        sample_step(logits, u, sampling, 16)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        drawn = sample_step(logits, u, sampling, 16)
+    graph.replay()
+    assert (drawn.tokens_S.cpu() == expected.tokens_S).float().mean() >= 0.99  # exp differs in its last bits
+    assert drawn.top_logprobs_SK is not None and expected.top_logprobs_SK is not None
+    a, b = (x.top_logprobs_SK.cpu().sort(-1).values for x in (drawn, expected))
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
