@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from katds.parallel.reduce import reduce_all
+
 T = TypeVar("T")
 
 
@@ -30,13 +32,15 @@ class ProcessCollective:
     def __init__(self, device: torch.device) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._device = device
-        self._control = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+        group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+        assert group is not None
+        self._control: dist.ProcessGroup = group
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        return self._reduce(values, dist.ReduceOp.SUM)
+        return reduce_all(values, torch.add, self._control)
 
     def max(self, values: torch.Tensor) -> torch.Tensor:
-        return self._reduce(values, dist.ReduceOp.MAX)
+        return reduce_all(values, torch.maximum, self._control)
 
     def gather(self, value: T) -> list[T]:
         values: list[Any] = [None] * self.size
@@ -50,11 +54,6 @@ class ProcessCollective:
 
     def barrier(self) -> None:
         dist.barrier(group=self._control)
-
-    def _reduce(self, values: torch.Tensor, op: Any) -> torch.Tensor:
-        values = values.clone()
-        dist.all_reduce(values, op=op, group=self._control)
-        return values
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,10 @@ is a function of the request list and of the numbers that every rank has reporte
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush
 
 from katds.core.types import Cut, Rollout, RolloutRequest, StopReason
 
@@ -43,22 +45,35 @@ def assign(free: Sequence[int], live: Sequence[int], groups: Iterable[int]) -> l
 
     A run of equal prompts goes to the rank with the fewest live slots that has room for all of it, else is split. Stops at the first
     request for which no slot is free anywhere.
+
+    Cost: some log(ranks) per run where all ranks have equally many slots; every rank that is less busy than the one chosen
+    and has too little room adds as much.
     """
     free, live = list(free), list(live)
     given: list[list[int]] = [[] for _ in free]
-    ranks = range(len(free))
+    queue = [(live[rank], -room, rank) for rank, room in enumerate(free) if room > 0]  # the least busy first
+    heapify(queue)
+    rooms, largest = Counter(free), max(free, default=0)
     for first, size in _runs(groups, sum(free)):
-        at = first
-        while at < first + size:
-            left = first + size - at
-            roomy = [r for r in ranks if free[r] >= left] or [r for r in ranks if free[r] > 0]
-            if not roomy:
-                return given
-            rank = min(roomy, key=lambda r: (live[r], -free[r], r))
-            count = min(left, free[rank])
+        at, end = first, first + size
+        while at < end:
+            while not rooms[largest]:
+                largest -= 1
+            wanted = end - at if end - at <= largest else 1
+            passed = []
+            while -queue[0][1] < wanted:
+                passed.append(heappop(queue))
+            rank = heappop(queue)[2]
+            count = min(end - at, free[rank])
             given[rank] += range(at, at + count)
+            rooms[free[rank]] -= 1
             free[rank] -= count
             live[rank] += count
+            rooms[free[rank]] += 1
+            if free[rank]:
+                passed.append((live[rank], -free[rank], rank))
+            for entry in passed:
+                heappush(queue, entry)
             at += count
     return given
 

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import os
+import pickle
 import subprocess
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from local_ranks import LocalRank, run_local
-from ranks import run_ranks
+from ranks import run_alone, run_ranks
 
 from katds.errors import ConfigError, KatdsError
 from katds.parallel.agree import on_main, same_everywhere, together, visible_everywhere
+from katds.parallel.reduce import reduce_all
 from katds.parallel.world import start_world
 
 
@@ -48,6 +54,85 @@ def test_collective(size: int) -> None:
         assert seen["gather"] == [{"rank": r} for r in range(size)]
         assert seen["exchange"] == [[10 * r + rank] * 2 for r in range(1, size) for _ in range(rank + 1)]
         assert seen["nothing"] == (0,)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)])
+def test_collective_of_one(device: str) -> None:
+    """In a process of its own; on CUDA rows go through NCCL, control values through gloo."""
+    seen = run_alone(device.split(":")[0], collectives)
+    assert seen["world"] == (0, 1, True, device)
+    assert (seen["sum"], seen["max"], seen["gather"]) == ([0, 2.0**53 - 1], [0, 2.0**53 - 1], [{"rank": 0}])
+    assert seen["exchange"] == [] and seen["nothing"] == (0,)
+
+
+def reductions() -> list[bytes]:
+    """Sums and maxima as bytes, amid other traffic of the same group."""
+    world = start_world()
+    rank, size, reduced = world.rank, world.size, []
+    for values in contributions(size):
+        own = values[rank].t()
+        if size > 1:  # untagged, and not waited for until the end
+            sent = dist.isend(torch.tensor([rank]), (rank + 1) % size)
+        reduced += [world.collective.sum(own), world.collective.max(own)]
+        assert world.collective.gather(rank) == list(range(size))
+        if size > 1:
+            came = torch.empty(1, dtype=torch.int64)
+            dist.recv(came, (rank - 1) % size)
+            sent.wait()
+            assert came.item() == (rank - 1) % size
+    return [pickle.dumps((values.dtype, values.tolist())) for values in reduced]
+
+
+def contributions(size: int) -> list[torch.Tensor]:
+    """[size, ...] per reduction: floats of very different sizes, so that the order of additions shows, and integers."""
+    generator = torch.Generator().manual_seed(size)
+    floats = torch.randn(size, 50, 7, dtype=torch.float64, generator=generator)
+    floats *= 10.0 ** torch.randint(-9, 9, floats.shape, generator=generator)
+    integers = torch.randint(-(2**52), 2**52, (size, 3, 40), generator=generator)
+    return [floats, integers, floats[:, :0], floats[:, 0, 0], floats.float()]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5])
+def test_reductions_are_bit_equal_on_all_ranks_and_right(size: int) -> None:
+    ranks = run_ranks(size, reductions)
+    assert all(rank == ranks[0] for rank in ranks)
+    results = iter(pickle.loads(reduced) for reduced in ranks[0])
+    for values in contributions(size):
+        (kind, total), (_, largest) = next(results), next(results)
+        values = values.mT if values.dim() == 3 else values
+        assert kind == values.dtype and largest == values.amax(0).tolist()
+        if not values.is_floating_point():
+            assert total == values.sum(0).tolist()
+            continue
+        flat = values.reshape(size, -1).T.tolist()
+        scale = torch.tensor([math.fsum(map(abs, row)) for row in flat]).double()
+        error = torch.tensor(total).double().flatten() - torch.tensor([math.fsum(row) for row in flat]).double()
+        assert (error.abs() <= size * torch.finfo(kind).eps * scale).all()
+
+
+def left_alone(how: str) -> Any:
+    """Three ranks; the last leaves, or sleeps, before the second reduction."""
+    timeout = timedelta(seconds=2 if how == "sleeps" else 60)
+    rank = dist.get_rank()
+    group = dist.new_group(backend="gloo", timeout=timeout)
+    reduce_all(torch.ones(2), torch.add, group)
+    if rank == 2:
+        time.sleep(6 if how == "sleeps" else 0.2)
+        return "left"
+    start = time.perf_counter()
+    try:
+        reduce_all(torch.ones(2), torch.add, group)
+    except RuntimeError as error:
+        return time.perf_counter() - start, str(error)
+    return None
+
+
+@pytest.mark.parametrize("how", ["dies", "sleeps"])
+def test_a_rank_that_does_not_come_is_an_error_within_the_timeout(how: str) -> None:
+    *others, last = run_ranks(3, left_alone, how)
+    assert last == "left"
+    for other in others:
+        assert other is not None and other[0] < 5, other
 
 
 def only_main() -> Any:

@@ -52,6 +52,30 @@ def test_equal_prompts_stay_together_where_they_fit_and_go_to_the_least_busy(
             live[rank] += 1
 
 
+def by_the_book(free: list[int], live: list[int], groups: list[int]) -> list[list[int]]:
+    """`assign` as its docstring has it, looking at every rank for every portion."""
+    free, live = list(free), list(live)
+    given_: list[list[int]] = [[] for _ in free]
+    for _, run in groupby(range(min(len(groups), sum(free))), key=lambda offset: groups[offset]):
+        left = list(run)
+        while left:
+            able = [r for r in range(len(free)) if free[r] >= len(left)] or [r for r in range(len(free)) if free[r]]
+            rank = min(able, key=lambda r: (live[r], -free[r], r))
+            taken, left = left[: free[rank]], left[free[rank] :]
+            given_[rank] += taken
+            free[rank] -= len(taken)
+            live[rank] += len(taken)
+    return given_
+
+
+@given(ranks=st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=9), runs=RUNS)
+def test_dealing_with_queues_is_dealing_by_the_book(ranks: list[tuple[int, int]], runs: list[tuple[int, int]]) -> None:
+    free, live = [room for room, _ in ranks], [busy for _, busy in ranks]
+    groups = [group for group, size in runs for _ in range(size)]
+    for busy in (live, [6 - room for room in free]):  # any, and those of ranks with as many slots each
+        assert assign(free, busy, iter(groups)) == by_the_book(free, busy, groups)
+
+
 @given(groups=st.lists(st.integers(0, 4), max_size=12))
 def test_followers_come_before_the_leaders_they_copy(groups: list[int]) -> None:
     admitted = requests(groups)
