@@ -73,6 +73,17 @@ class RolloutConfig(Section):
     divergence_top_k: Positive = Field(
         64, description="student tokens that the per-token reverse KL is computed on; the rest is one tail bucket"
     )
+    weights: Literal["view", "copy"] = Field(
+        "view",
+        description="what the student decodes from. view: its gathered shards, lent for the phase; no memory afterwards. "
+        "copy: an inference copy, refreshed after each update; it stays in place, so that CUDA graphs and the key cache outlive "
+        "the phase, and costs every rank the weights once more",
+    )
+    fast_decode: bool = Field(
+        True,
+        description="leave operator calls out where possible: C code on the CPU, CUDA graphs on a GPU; false: the model's "
+        "own forward",
+    )
 
 
 class OptimizerConfig(Section):

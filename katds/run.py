@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +44,49 @@ from katds.train.summary import peak_memory_bytes, summarise, write_summary
 from katds.train.trainer import Trainer
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run that is ready for its step `start`."""
+
+    recipe: Recipe
+    inputs: Inputs
+    world: World
+    student: ZeroStudent
+    monitor: Monitor
+    trainer: Trainer
+    store: checkpoint.CheckpointStore
+    start: int
+
+    @property
+    def folder(self) -> Path:
+        return _folder(self.recipe)
+
+
 def train(recipe: Recipe) -> None:
-    """Collective: the whole run, from checks to summary. Nothing of an earlier state is touched before models and
-    checkpoint are loaded."""
+    """Collective: the whole run, from checks to summary."""
+    run = open_run(recipe)
+    monitor, trainer, world = run.monitor, run.trainer, run.world
+    trainer.train(run.start, run.store)
+    if recipe.checkpoint.export:
+        run.student.export(run.folder / "final", run.inputs.tokenizer)
+    monitor.close()
+    summary = summarise(
+        monitor, steps=run.inputs.steps, ranks=world.size, graded=trainer.correct is not None,
+        peak_bytes=peak_memory_bytes(world.collective, world.device), before=trainer.before, after=trainer.after,
+        device=world.device,
+    )  # fmt: skip
+    on_main(world.collective, lambda: write_summary(run.folder, summary))
+
+
+def open_run(recipe: Recipe) -> Run:
+    """Collective: all that comes before the first step, from checks to the state of the checkpoint that is resumed. Nothing of an
+    earlier state is touched before models and checkpoint are loaded."""
     inputs = read_inputs(recipe)
     world = start_world()
     collective = world.collective
     seed_everything(recipe.run.seed)
     same_everywhere(collective, fingerprint(recipe, inputs))
-    folder = recipe.run.folder / recipe.run.name
+    folder = _folder(recipe)
     found = on_main(collective, lambda: _claim(folder, recipe, identity(recipe, inputs)))
     visible_everywhere(collective, folder / "config.yaml", "run.folder")
     reshard = found is not None and found.world_size != world.size
@@ -60,7 +95,7 @@ def train(recipe: Recipe) -> None:
     student, teacher = _load_models(recipe, inputs, collective, reshard)
     start = 0
     if found is not None:
-        checkpoint.load(student.engine, found, collective)
+        checkpoint.load(student, found, collective)
         start = found.step
     monitor = Monitor(folder, world.is_main, start, inputs.steps, inputs.tokenizer.decode, recipe.run.rollout_samples)
     for warning in inputs.facts.warnings:
@@ -72,16 +107,11 @@ def train(recipe: Recipe) -> None:
         folder / "checkpoints", student.engine, collective, recipe.checkpoint.keep, recipe,
         lambda: {"identity": identity(recipe, inputs), **trainer.state_dict()},
     )  # fmt: skip
-    trainer.train(start, store)
-    if recipe.checkpoint.export:
-        student.export(folder / "final", inputs.tokenizer)
-    monitor.close()
-    summary = summarise(
-        monitor, steps=inputs.steps, ranks=world.size, graded=trainer.correct is not None,
-        peak_bytes=peak_memory_bytes(collective, world.device), before=trainer.before, after=trainer.after,
-        device=world.device,
-    )  # fmt: skip
-    on_main(collective, lambda: write_summary(folder, summary))
+    return Run(recipe, inputs, world, student, monitor, trainer, store, start)
+
+
+def _folder(recipe: Recipe) -> Path:
+    return recipe.run.folder / recipe.run.name
 
 
 def _claim(folder: Path, recipe: Recipe, mine: Mapping[str, Any]) -> checkpoint.Found | None:
@@ -112,9 +142,12 @@ def _load_models(
     vocabulary, optimizer = inputs.facts.tokenizer_size, recipe.train.optimizer
     checkpointing, whole = recipe.train.activation_checkpointing, recipe.teacher.gather == "phase"
     student_path, teacher_path = recipe.student.path, recipe.teacher.path
+    keep_copy = recipe.rollout.weights == "copy"
     student = together(
         collective,
-        lambda: load_student(student_path, inputs.student_json, vocabulary, optimizer, checkpointing, load_universal),
+        lambda: load_student(
+            student_path, inputs.student_json, vocabulary, optimizer, checkpointing, load_universal, keep_copy
+        ),
         _unloadable("student", student_path, recipe.student.deepspeed),
     )
     teacher = together(
@@ -154,13 +187,14 @@ def _assemble(
         world.collective,
         _settings(recipe, inputs.facts, world, sampling),
         monitor.phase,
+        monitor.say,
     )
     total = inputs.steps * recipe.train.minibatches
     learner = Learner(
         student, teacher, objective, world.collective,
         lr=cosine_with_warmup(optimizer.lr, total, optimizer.warmup_fraction, optimizer.final_lr_fraction),
         temperature=sampling.scale, minibatches=recipe.train.minibatches, budget=recipe.train.micro_batch_tokens,
-        device=world.device, clock=monitor.phase,
+        device=world.device, clock=monitor.phase, attention_weight=student.engine.module.attention_weight(),
     )  # fmt: skip
     evaluator = None
     if inputs.eval_prompts is not None and inputs.grade is not None:
@@ -193,12 +227,13 @@ def make_evaluator(
     world: World,
     student: StudentSource,
     clock: PhaseClock,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Evaluator:
     settings = recipe.evaluation
     sampling = Sampling(settings.temperature, top_p=settings.top_p)
-    engine = RolloutEngine(
-        student, None, NeverRule(), frozenset(), world.collective, _settings(recipe, facts, world, sampling), clock
-    )
+    # Evaluations are rare: between them their cache is not worth its memory.
+    sizes = replace(_settings(recipe, facts, world, sampling), keep_decoder=False)
+    engine = RolloutEngine(student, None, NeverRule(), frozenset(), world.collective, sizes, clock, say)
     return Evaluator(
         engine, list(prompts), settings.samples, settings.k or settings.samples,
         settings.max_new_tokens or recipe.rollout.max_new_tokens, grade, text_decoder(tokenizer), world.collective,
@@ -215,6 +250,8 @@ def _settings(recipe: Recipe, facts: ModelFacts, world: World, sampling: Samplin
         rollout.divergence_top_k,
         recipe.run.seed,
         world.device,
+        fast_decode=rollout.fast_decode,
+        keep_decoder=rollout.weights == "copy",
     )
 
 
@@ -240,7 +277,8 @@ def evaluate(recipe: Recipe) -> Scores:
     grade = make_grader(recipe.evaluation.grader)
     world = start_world()
     student = load_frozen(recipe.student.path, student_json, facts.tokenizer_size)
-    evaluator = make_evaluator(recipe, tokenizer, facts, prompts, grade, world, student, Clock())
+    say = print if world.is_main else lambda _: None
+    evaluator = make_evaluator(recipe, tokenizer, facts, prompts, grade, world, student, Clock(), say)
     scores = evaluator.run()
     on_main(world.collective, lambda: _write_scores(recipe, scores))
     return scores

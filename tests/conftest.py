@@ -28,6 +28,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
+@pytest.fixture(autouse=True)
+def keep_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program's end must not be that of the tests; tests/parallel/test_world.py looks at how programs end."""
+    monkeypatch.setattr("katds.cli._end_process", sys.exit)
+
+
 @pytest.fixture(scope="session")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `student` and `teacher`: tiny Qwen3 models that share a tokenizer."""

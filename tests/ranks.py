@@ -9,9 +9,12 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
+
+from katds.bench.ranks import on_ranks
 
 TIMEOUT_SECONDS = 120.0  # a hang is a failure
 
@@ -38,6 +41,14 @@ def run_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         if not ok:
             raise AssertionError(f"rank {rank} failed:\n{value}")
     return [results[rank][1] for rank in range(size)]
+
+
+def run_alone(device: str, function: Callable[..., Any], *args: Any) -> Any:
+    """function(*args) in a world of one on "cpu" (gloo) or "cuda" (NCCL), in a fresh process: a forked one could not use CUDA."""
+    with mock.patch.dict(os.environ, {"DS_ACCELERATOR": "cpu"}):
+        if device == "cuda":
+            del os.environ["DS_ACCELERATOR"]
+        return on_ranks(1, function, *args)[0]
 
 
 def _child(rank: int, size: int, store: str, queue: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:

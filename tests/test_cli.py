@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -229,12 +228,6 @@ def fail() -> int:
 
 def interrupt() -> int:
     raise KeyboardInterrupt
-
-
-@pytest.fixture(autouse=True)
-def keep_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """run_main ends the process; tests/parallel/test_world.py looks at how."""
-    monkeypatch.setattr(cli, "_end_process", sys.exit)
 
 
 @pytest.mark.parametrize(

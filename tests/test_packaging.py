@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -56,6 +57,21 @@ def test_every_dependency_and_extra_is_pinned_within_its_range() -> None:
 
 def test_version_is_that_of_pyproject() -> None:
     assert katds.__version__ == PROJECT["version"]
+
+
+def test_every_file_of_the_package_is_in_the_wheel(tmp_path: Path) -> None:
+    """C code, which is compiled where it is used, comes along only because pyproject.toml says so."""
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    shutil.copytree(ROOT / "katds", tmp_path / "katds", ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-c", "from setuptools import setup; setup()", "-q", "build", "--build-lib", "built"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    expected, built = (
+        {path.relative_to(base) for path in base.rglob("*") if path.is_file()}
+        for base in (tmp_path / "katds", tmp_path / "built" / "katds")
+    )
+    assert built == expected
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")

@@ -14,8 +14,8 @@ Elsewhere `scaled_dot_product_attention` serves, sequence by sequence or slots s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from itertools import pairwise
 
@@ -25,6 +25,14 @@ from transformers import AttentionInterface
 
 NAME = "katds"
 _UNSUPPORTED = ("s_aux", "softcap", "position_bias", "head_mask")  # attention sinks, capped scores and the like
+
+
+def upload(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A host tensor on `device`, without waiting for it: from pageable memory, CUDA would make the host wait for all that is
+    queued before."""
+    if device.type != "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
 
 
 @dataclass(slots=True)
@@ -40,7 +48,7 @@ class PackedPlan:
         bounds = [0]
         for length in lengths:
             bounds.append(bounds[-1] + length)
-        return cls(bounds, torch.tensor(bounds, dtype=torch.int32, device=device), max(lengths, default=0))
+        return cls(bounds, upload(torch.tensor(bounds, dtype=torch.int32), device), max(lengths, default=0))
 
 
 @dataclass(slots=True)
@@ -55,8 +63,20 @@ class SlotGroup:
     slots: int
     tokens: slice
     width: int
-    mask: torch.Tensor  # bool [slots, 1, width, keys]
+    seen: torch.Tensor  # int64 [slots, width], the last position that each query sees
     scatter: tuple[torch.Tensor, torch.Tensor] | None = None
+    _biases: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict)
+
+    def bias(self, keys: int, share: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+        """0 where a query sees a key and -inf elsewhere, [slots, 1, share x width, keys]: the same for all layers of a kind."""
+        if (share, window) not in self._biases:
+            at = torch.arange(keys, device=self.seen.device)
+            hidden = at > self.seen[..., None]
+            if window is not None:
+                hidden |= at <= self.seen[..., None] - window
+            bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
+            self._biases[share, window] = bias.repeat(1, share, 1).unsqueeze(1)
+        return self._biases[share, window]
 
 
 @dataclass(slots=True)
@@ -70,8 +90,16 @@ class SlotPlan:
     write_positions: torch.Tensor  # int64 [M]
     write_source: torch.Tensor | None  # int64 [M]; None: M = N and in order
     keys: int  # keys that anyone may see: the longest slot
-    groups: list[SlotGroup]
+    make_groups: Callable[[], list[SlotGroup]]
     varlen: VarlenSlots | None = None
+    _groups: list[SlotGroup] | None = None
+
+    @property
+    def groups(self) -> list[SlotGroup]:
+        """For SDPA; made when asked for, which a varlen kernel never does."""
+        if self._groups is None:
+            self._groups = self.make_groups()
+        return self._groups
 
 
 @dataclass(slots=True)
@@ -79,9 +107,24 @@ class VarlenSlots:
     """The same for a varlen kernel over a paged cache (CUDA)."""
 
     cu_seqlens_q: torch.Tensor  # int32 [slots + 1]
+    cu_seqlens_k: torch.Tensor  # int32 [slots + 1], of whole slots
     seqused_k: torch.Tensor  # int32 [slots]
     block_table: torch.Tensor  # int32 [slots, pages]
     longest_q: int
+    single: bool  # each slot has one query
+
+
+FLASH_TYPES = (torch.bfloat16, torch.float16)
+
+
+def has_flash(device: torch.device) -> bool:
+    """Whether there are flash kernels on this device."""
+    return device.type == "cuda"
+
+
+def is_flash(tensor: torch.Tensor) -> bool:
+    """Whether attention over such tensors goes to a flash kernel: they know no other types and devices."""
+    return has_flash(tensor.device) and tensor.dtype in FLASH_TYPES
 
 
 def attend(
@@ -98,15 +141,14 @@ def attend(
 ) -> tuple[torch.Tensor, None]:
     """The function that transformers calls: query [1, Hq, N, D]; returns [1, N, Hq, D].
 
-    Under a `PackedPlan` key and value are [1, Hkv, N, D]; under a `SlotPlan` they are what `SlotCache.update` returned,
-    [slots, length, Hkv, D].
+    Under a `PackedPlan` key and value are [1, Hkv, N, D]; under a `SlotPlan` they are what `SlotCache.update` returned.
     """
     assert plan is not None, f"{type(module).__name__} does not pass keyword arguments on to its attention function"
     assert attention_mask is None and dropout == 0.0, "katds attention takes neither a mask nor dropout"
     q = query[0].transpose(0, 1)  # [N, Hq, D]
     unknown = [name for name in _UNSUPPORTED if others.get(name) is not None]
     assert not unknown, f"{type(module).__name__} asks for {unknown}, which katds attention does not compute"
-    flash = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)  # the kernels know no other type
+    flash = is_flash(q)
     if isinstance(plan, SlotPlan):
         slots = _slots_varlen if flash else _slots_sdpa
         out = slots(q, key, value, scaling, sliding_window, plan)
@@ -156,14 +198,14 @@ def _group_sdpa(
     q = q[group.tokens]
     heads, dim = q.shape[1:]
     at = slice(group.first_slot, group.first_slot + group.slots)
-    k, v = key[at, :keys].transpose(1, 2), value[at, :keys].transpose(1, 2)  # [slots, Hkv, keys, D]
-    mask = group.mask if window is None else _window(group.mask, window)
+    k, v = key[at, :, :keys], value[at, :, :keys]  # [slots, Hkv, keys, D]
     # Query heads that share a key head are stacked along the query axis: no key or value is copied for them.
     kv_heads = k.shape[1]
     share = heads // kv_heads
+    bias = group.bias(keys, share, window, q.dtype)
     if group.width == 1 and group.scatter is None:  # a decode step, where every operation counts
         stacked = q.view(group.slots, kv_heads, share, dim)
-        out = scaled_dot_product_attention(stacked, k, v, attn_mask=mask, scale=scaling)
+        out = scaled_dot_product_attention(stacked, k, v, attn_mask=bias, scale=scaling)
         return out.reshape(group.slots, heads, dim)
     if group.scatter is None:
         square = q.view(group.slots, group.width, heads, dim)
@@ -172,20 +214,11 @@ def _group_sdpa(
         square[group.scatter] = q
     stacked = square.view(group.slots, group.width, kv_heads, share, dim).permute(0, 2, 3, 1, 4)
     stacked = stacked.reshape(group.slots, kv_heads, share * group.width, dim)
-    if share > 1:
-        mask = mask.repeat(1, 1, share, 1)
-    out = scaled_dot_product_attention(stacked, k, v, attn_mask=mask, scale=scaling)
+    out = scaled_dot_product_attention(stacked, k, v, attn_mask=bias, scale=scaling)
     out = out.view(group.slots, kv_heads, share, group.width, dim).permute(0, 3, 1, 2, 4)
     if group.scatter is None:
         return out.reshape(group.slots * group.width, heads, dim)
     return out.reshape(group.slots, group.width, heads, dim)[group.scatter]
-
-
-def _window(mask: torch.Tensor, window: int) -> torch.Tensor:
-    """Keeps the last `window` visible keys of each query (visible keys are a prefix)."""
-    visible = mask.sum(-1, keepdim=True)
-    at = torch.arange(mask.shape[-1], device=mask.device)
-    return mask & (at >= visible - window)
 
 
 def _packed_varlen(
@@ -210,16 +243,26 @@ def _packed_varlen(
 def _slots_varlen(
     q: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, window: int | None, plan: SlotPlan
 ) -> torch.Tensor:
+    """One pass over the keys per query (num_splits=1), for two reasons. A slot's result is then the same to the last bit
+    whatever the other slots hold. And torch 2.13's FA2 writes wrong results over a paged cache when it splits
+    (pytorch/pytorch#194167). The price is idle multiprocessors where slots x key heads are fewer than these.
+    """
+    from torch.nn.attention import current_flash_attention_impl
     from torch.nn.attention.varlen import varlen_attn
 
     assert plan.varlen is not None
     paged = plan.varlen
     page = key.shape[1] // paged.block_table.shape[1]
     left = -1 if window is None else window - 1
+    # A single query is the last token of its slot and sees all keys. Without a bound on its right, FA2 reads the keys once for all
+    # query heads that share them.
+    right = -1 if paged.single else 0
+    # FA2 wants the bounds of keys that it then does not look at; its successors refuse them.
+    bounds_k = paged.cu_seqlens_k if current_flash_attention_impl() in (None, "FA2") else None
     out = varlen_attn(
-        q.contiguous(), key.view(-1, page, *key.shape[2:]), value.view(-1, page, *value.shape[2:]), paged.cu_seqlens_q, None,
-        paged.longest_q, plan.keys, scale=scaling, window_size=(left, 0), enable_gqa=True,
-        seqused_k=paged.seqused_k, block_table=paged.block_table,
+        q.contiguous(), key.view(-1, page, *key.shape[2:]), value.view(-1, page, *value.shape[2:]), paged.cu_seqlens_q, bounds_k,
+        paged.longest_q, plan.keys, scale=scaling, window_size=(left, right), enable_gqa=True,
+        seqused_k=paged.seqused_k, block_table=paged.block_table, num_splits=1,
     )  # fmt: skip
     assert isinstance(out, torch.Tensor)
     return out

@@ -2,6 +2,9 @@
 
 Invariants: the key of a token lies at its position (no left padding, no shifting). Live slots are 0 .. n-1, so every
 attention call reads a slice, never a gather. A position is overwritten before anything may see it again.
+
+Layout: the flash kernels want the tokens of all heads together, [slots, length, Hkv, D]; elsewhere each head's tokens lie in one
+stream, [slots, Hkv, length, D], which a decode step on the CPU reads three times as fast.
 """
 
 from __future__ import annotations
@@ -11,13 +14,13 @@ from collections.abc import Sequence
 import torch
 from transformers.cache_utils import Cache
 
-from katds.models.attention import SlotGroup, SlotPlan, VarlenSlots
+from katds.models.attention import SlotGroup, SlotPlan, VarlenSlots, has_flash, is_flash, upload
 
 PAGE = 256  # key positions per page of the CUDA kernel; the cache length is a multiple of it there
 
 
 class SlotCache(Cache):
-    """Keys and values [slots, length, Hkv, D] per layer, allocated on first use in the model's dtype.
+    """Keys and values per layer, allocated on first use in the model's dtype.
 
     Memory: 2 x layers x slots x length x Hkv x D elements.
     """
@@ -25,7 +28,7 @@ class SlotCache(Cache):
     def __init__(self, slots: int, length: int, device: torch.device) -> None:
         super().__init__(layers=[])
         self.slots = slots
-        self.length = length if device.type != "cuda" else -(-length // PAGE) * PAGE
+        self.length = -(-length // PAGE) * PAGE if has_flash(device) else length
         self.device = device
         self._keys: list[torch.Tensor] = []
         self._values: list[torch.Tensor] = []
@@ -41,21 +44,36 @@ class SlotCache(Cache):
         """Writes key and value [1, Hkv, N, D] where the plan says; returns the layer's whole buffers."""
         plan = self._plan
         assert plan is not None, "SlotCache.prepare was not called before the forward"
-        for buffers, new in ((self._keys, key), (self._values, value)):
-            if layer == len(buffers):
-                _, heads, _, dim = new.shape
-                with torch.inference_mode(False):  # written in either mode later on
-                    buffers.append(torch.zeros(self.slots, self.length, heads, dim, dtype=new.dtype, device=new.device))
+        if layer == len(self._keys):
+            self.reserve(layer + 1, key.shape[1], key.shape[3], key.dtype)
+        for buffer, new in ((self._keys[layer], key), (self._values[layer], value)):
             rows = new[0].transpose(0, 1)
             if plan.write_source is not None:
                 rows = rows[plan.write_source]
-            buffers[layer][plan.write_slots, plan.write_positions] = rows
+            if is_flash(new):
+                buffer[plan.write_slots, plan.write_positions] = rows
+            else:
+                buffer[plan.write_slots, :, plan.write_positions] = rows
+        return self._keys[layer], self._values[layer]
+
+    def reserve(self, layers: int, heads: int, dim: int, dtype: torch.dtype) -> None:
+        """Allocates buffers for the first so many layers where they are missing."""
+        with torch.inference_mode(False):  # written in either mode later on
+            while len(self._keys) < layers:
+                new = torch.empty(0, dtype=dtype, device=self.device)
+                shape = (self.length, heads) if is_flash(new) else (heads, self.length)
+                for buffers in (self._keys, self._values):
+                    buffers.append(new.new_zeros(self.slots, *shape, dim))
+
+    def buffers(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a layer, all slots."""
         return self._keys[layer], self._values[layer]
 
     def move(self, source: int, target: int, tokens: int) -> None:
         """Copies the first `tokens` positions of one slot to another."""
         for buffer in (*self._keys, *self._values):
-            buffer[target, :tokens] = buffer[source, :tokens]
+            at = slice(tokens) if is_flash(buffer) else (slice(None), slice(tokens))
+            buffer[target][at] = buffer[source][at]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0
@@ -64,14 +82,11 @@ class SlotCache(Cache):
 def uniform_plan(cache: SlotCache, slots: torch.Tensor, positions: torch.Tensor, keys: int) -> SlotPlan:
     """One token in each of the slots 0 .. n-1: a decode step. `slots` is arange(n), `positions` int64 [n], `keys` the
     longest slot including this token."""
-    at = torch.arange(keys, device=positions.device)
-    mask = (at <= positions[:, None])[:, None, None, :]
     count = positions.shape[0]
-    group = SlotGroup(0, count, slice(0, count), 1, mask)
-    plan = SlotPlan(slots, positions, None, keys, [group])
-    if cache.device.type == "cuda":
+    plan = SlotPlan(slots, positions, None, keys, lambda: [SlotGroup(0, count, slice(0, count), 1, positions[:, None])])
+    if has_flash(cache.device):
         ones = torch.arange(count + 1, dtype=torch.int32, device=positions.device)
-        plan.varlen = VarlenSlots(ones, (positions + 1).int(), _block_table(cache, 0, count), 1)
+        plan.varlen = _varlen(cache, 0, ones, positions + 1, [1] * count)
     return plan
 
 
@@ -94,39 +109,38 @@ def ragged_plan(
     Returns:
         the plan, and the position of each token [N].
     """
-    slots_N: list[int] = []
-    positions_N: list[int] = []
-    columns_N: list[int] = []
-    offsets = [0]
-    for i, (start, count) in enumerate(zip(starts, counts, strict=True)):
-        slots_N += [i] * count
-        positions_N += range(start, start + count)
-        columns_N += range(count)
-        offsets.append(offsets[-1] + count)
-    source = list(range(len(slots_N)))
-    write_slots = [s + first_slot for s in slots_N]
-    write_positions = list(positions_N)
-    for origin, target, tokens in copies:
-        begin = offsets[origin - first_slot]
-        source += range(begin, begin + tokens)
-        write_slots += [target] * tokens
-        write_positions += range(tokens)
-    as_tensor = lambda values: torch.tensor(values, dtype=torch.int64).to(cache.device)  # noqa: E731
-    positions, columns, rows = as_tensor(positions_N), as_tensor(columns_N), as_tensor(slots_N)
-    keys = max((s + c for s, c in zip(starts, counts, strict=True)), default=0)
-    groups = []
-    for low, high, square in ((0, uniform, True), (uniform, len(starts), False)):
-        if low < high:
-            groups.append(_group(first_slot, low, high, offsets, counts, positions, rows, columns, keys, square))
-    plan = SlotPlan(
-        as_tensor(write_slots), as_tensor(write_positions), as_tensor(source) if copies else None, keys, groups
+    # All is laid out on the host and goes to the device in one transfer.
+    start_S, count_S = torch.tensor([list(starts), list(counts)], dtype=torch.int64)
+    end_S = count_S.cumsum(0)
+    tokens = sum(counts)
+    row_N = torch.arange(len(counts)).repeat_interleave(count_S, output_size=tokens)
+    column_N = torch.arange(tokens) - (end_S - count_S)[row_N]
+    position_N = start_S[row_N] + column_N
+    source, write_slots, write_positions = [torch.arange(tokens)], [row_N + first_slot], [position_N]
+    for origin, target, length in copies:
+        begin = sum(counts[: origin - first_slot])
+        source.append(torch.arange(begin, begin + length))
+        write_slots.append(torch.full((length,), target))
+        write_positions.append(torch.arange(length))
+    host = [
+        position_N, torch.cat(write_slots), torch.cat(write_positions), torch.cat(source) if copies else row_N[:0],
+        torch.cat([end_S[:0].new_zeros(1), end_S]), start_S + count_S,
+    ]  # fmt: skip
+    positions, slots_M, positions_M, source_M, bounds, used = upload(torch.cat(host), cache.device).split(
+        [len(part) for part in host]
     )
-    if cache.device.type == "cuda":
-        int32 = lambda values: torch.tensor(values, dtype=torch.int32).to(cache.device)  # noqa: E731
-        used = int32([s + c for s, c in zip(starts, counts, strict=True)])
-        plan.varlen = VarlenSlots(
-            int32(offsets), used, _block_table(cache, first_slot, len(starts)), max(counts, default=0)
-        )
+
+    def groups() -> list[SlotGroup]:
+        spans = [(low, high) for low, high in ((0, uniform), (uniform, len(counts))) if low < high]
+        return [
+            _group(first_slot, low, high, counts, positions, None if high == uniform else (row_N, column_N))
+            for low, high in spans
+        ]
+
+    keys = max((s + c for s, c in zip(starts, counts, strict=True)), default=0)
+    plan = SlotPlan(slots_M, positions_M, source_M if copies else None, keys, groups)
+    if has_flash(cache.device):
+        plan.varlen = _varlen(cache, first_slot, bounds.int(), used, counts)
     return plan, positions
 
 
@@ -134,29 +148,30 @@ def _group(
     first_slot: int,
     low: int,
     high: int,
-    offsets: list[int],
     counts: Sequence[int],
     positions: torch.Tensor,
-    rows: torch.Tensor,
-    columns: torch.Tensor,
-    keys: int,
-    square: bool,
+    scatter: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> SlotGroup:
-    tokens = slice(offsets[low], offsets[high])
+    """`scatter`: row and column of every token of the plan, on the host; None where all counts are the same."""
+    begin = sum(counts[:low])
+    tokens = slice(begin, begin + sum(counts[low:high]))
     width, slots = max(counts[low:high]), high - low
-    at = torch.arange(keys, device=positions.device)
-    if square:
-        seen = positions[tokens].view(slots, width)
-        return SlotGroup(first_slot + low, slots, tokens, width, (at <= seen[..., None])[:, None])
-    scatter = (rows[tokens] - low, columns[tokens])
-    seen = torch.zeros(
-        slots, width, dtype=torch.int64, device=positions.device
-    )  # idle queries see key 0: no empty softmax
-    seen[scatter] = positions[tokens]
-    return SlotGroup(first_slot + low, slots, tokens, width, (at <= seen[..., None])[:, None], scatter)
+    if scatter is None:
+        return SlotGroup(first_slot + low, slots, tokens, width, positions[tokens].view(slots, width))
+    rows, columns = (upload(part[tokens], positions.device) for part in scatter)
+    rows = rows - low
+    # Idle queries see key 0: no empty softmax.
+    seen = torch.zeros(slots, width, dtype=torch.int64, device=positions.device)
+    seen[rows, columns] = positions[tokens]
+    return SlotGroup(first_slot + low, slots, tokens, width, seen, (rows, columns))
 
 
-def _block_table(cache: SlotCache, first: int, count: int) -> torch.Tensor:
-    pages = cache.length // PAGE
-    table = torch.arange(first * pages, (first + count) * pages, dtype=torch.int32, device=cache.device)
-    return table.view(count, pages)
+def _varlen(
+    cache: SlotCache, first: int, bounds: torch.Tensor, used: torch.Tensor, counts: Sequence[int]
+) -> VarlenSlots:
+    """`bounds` of the queries (int32), `used` keys per slot, for the slots first, first + 1, ..."""
+    slots, pages = len(counts), cache.length // PAGE
+    table = torch.arange(first * pages, (first + slots) * pages, dtype=torch.int32, device=cache.device)
+    whole = torch.arange(0, (slots + 1) * cache.length, cache.length, dtype=torch.int32, device=cache.device)
+    single = all(count == 1 for count in counts)
+    return VarlenSlots(bounds, whole, used.int(), table.view(slots, pages), max(counts, default=0), single)

@@ -1,8 +1,9 @@
 """The student's whole weights for the length of a rollout phase, without hooks.
 
-A second copy of the module tree, made once on the meta device, borrows the storage of the gathered ZeRO-3 parameters.
-Its forward runs no DeepSpeed hook, so a decode step costs what it costs in plain PyTorch. Memory: one full copy of the
-parameters while the view is open, nothing afterwards.
+A second copy of the module tree, made once on the meta device, gets its parameters in one of two ways. A `StudentView` borrows
+the storage of the gathered ZeRO-3 parameters: one full copy of the parameters while it is open, nothing afterwards. A
+`StudentCopy` owns storage: one full copy for good, at addresses that never change, so that CUDA graphs survive from phase to
+phase. The forward of either runs no DeepSpeed hook, so a decode step costs what it costs in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from torch import nn
 from katds.models.causal import FlatCausalLM
 
 
-class StudentView:
-    """Hook-free twin of a ZeRO-3 model.
+class _Twin:
+    """The skeleton's places for parameters, each with the partitioned parameter that belongs there.
 
     Args:
         source: the wrapped model that DeepSpeed has partitioned.
@@ -39,6 +40,10 @@ class StudentView:
         ]
         self._parameters = list(source.parameters())
 
+
+class StudentView(_Twin):
+    """Hook-free twin of a ZeRO-3 model that borrows its weights."""
+
     @contextmanager
     def open(self) -> Iterator[FlatCausalLM]:
         """Collective: gathers all parameters; on exit the gathered storage is released on every rank."""
@@ -51,6 +56,39 @@ class StudentView:
             finally:
                 for owner, name, _ in self._links:
                     owner._parameters[name] = None  # or the gathered storage would live on
+
+
+class StudentCopy(_Twin):
+    """Hook-free twin of a ZeRO-3 model with weights of its own.
+
+    Invariants: once made, a weight stays at its address. Besides the copy, no more than one parameter is ever gathered.
+    """
+
+    def __init__(self, source: FlatCausalLM, skeleton: FlatCausalLM) -> None:
+        super().__init__(source, skeleton)
+        self._own: dict[nn.Parameter, nn.Parameter] = {}
+        self._version: object = None
+
+    @contextmanager
+    def open(self, version: object) -> Iterator[FlatCausalLM]:
+        """Collective: copies the weights in unless those of this `version` are there; it must be the same on all ranks."""
+        if version != self._version:
+            self._version = None  # should a gather fail half-way
+            with torch.no_grad():
+                self._refresh()
+            self._version = version
+        with torch.no_grad():
+            yield self._skeleton
+
+    def _refresh(self) -> None:
+        for parameter in self._parameters:
+            with deepspeed.zero.GatheredParameters([parameter]):
+                if parameter in self._own:
+                    self._own[parameter].copy_(parameter.data)
+                else:
+                    self._own[parameter] = nn.Parameter(parameter.data.clone(), requires_grad=False)
+        for owner, name, parameter in self._links:
+            owner._parameters[name] = self._own[parameter]
 
 
 def _owner(module: nn.Module, name: str) -> nn.Module:

@@ -24,19 +24,28 @@ from transformers.utils import logging as transformers_logging
 from katds.models.attention import NAME as ATTENTION
 from katds.models.causal import FlatCausalLM, HeadFunction
 from katds.parallel.deepspeed_config import model_dtype, student_config, teacher_config
-from katds.parallel.view import StudentView
+from katds.parallel.view import StudentCopy, StudentView
 
 
 class ZeroStudent:
-    """The student under ZeRO-3: decode through `decoding`, learn through `forward`, `backward`, `step`."""
+    """The student under ZeRO-3: decode through `decoding`, learn through `forward`, `backward`, `step`.
 
-    def __init__(self, engine: Any, skeleton: FlatCausalLM, path: Path) -> None:
+    Args:
+        keep: decode from a persistent copy of the weights, refreshed after updates, instead of gathering them for each phase.
+    """
+
+    def __init__(self, engine: Any, skeleton: FlatCausalLM, path: Path, keep: bool) -> None:
         self.engine = engine
         self._path = path
-        self._view = StudentView(engine.module, skeleton)
+        self._changes = 0  # of the weights, through this object
+        self._view = StudentView(engine.module, skeleton) if not keep else None
+        self._copy = StudentCopy(engine.module, skeleton) if keep else None
 
     def decoding(self) -> AbstractContextManager[FlatCausalLM]:
         """Collective: the whole student, hook-free, for a rollout phase."""
+        if self._copy is not None:
+            return self._copy.open((self._changes, self.engine.global_steps))
+        assert self._view is not None
         return self._view.open()
 
     def forward(self, **inputs: Any) -> Any:
@@ -53,8 +62,15 @@ class ZeroStudent:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         self.engine.step()
+        self._changes += 1
         norm = self.engine.get_global_grad_norm()
         return float(norm) if norm is not None else float("nan")
+
+    def load_checkpoint(self, folder: str, **options: Any) -> Any:
+        """Collective: the engine's `load_checkpoint`. Called on the engine itself, it would leave an old copy in use."""
+        loaded = self.engine.load_checkpoint(folder, **options)
+        self._changes += 1
+        return loaded
 
     def export(self, folder: Path, tokenizer: Any) -> None:
         """Collective: writes a Hugging Face folder from rank 0 in the model's dtype."""
@@ -117,8 +133,12 @@ def load_student(
     optimizer: Any,
     checkpointing: bool,
     load_universal: bool = False,
+    keep_copy: bool = False,
 ) -> ZeroStudent:
-    """Collective: reads the folder at `path` under ZeRO-3 and wraps it with AdamW (`optimizer`: recipe section train.optimizer)."""
+    """Collective: reads the folder at `path` under ZeRO-3 and wraps it with AdamW (`optimizer`: recipe section train.optimizer).
+
+    With `keep_copy` it decodes from a copy of its own, `rollout.weights: copy`.
+    """
     config = student_config(user_config, optimizer.gradient_clip)
     if load_universal:
         config["checkpoint"] = {**config.get("checkpoint", {}), "load_universal": True}
@@ -128,7 +148,7 @@ def load_student(
     skeleton = _skeleton(model.model, vocabulary)
     engine, *_ = deepspeed.initialize(model=model, optimizer=_adamw(model, config, optimizer), config=config)
     engine.train()
-    return ZeroStudent(engine, skeleton, path)
+    return ZeroStudent(engine, skeleton, path, keep_copy)
 
 
 def load_frozen(path: Path, user_config: dict[str, Any], vocabulary: int, whole: bool = False) -> ZeroFrozen:

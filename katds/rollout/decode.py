@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from katds.core.counter import key, uniforms
-from katds.models.causal import FlatCausalLM, linear
-from katds.models.slot_cache import SlotCache, ragged_plan, uniform_plan
-from katds.rollout.sampling import Sampling, draw
+from katds.models.attention import upload
+from katds.models.causal import FlatCausalLM
+from katds.models.slot_cache import SlotCache, ragged_plan
+from katds.models.step import Step
+from katds.rollout.sampling import Sampling, sample_step
 from katds.rollout.slots import Seat
 
 
@@ -32,15 +35,16 @@ class Decoder:
     """Decodes chunks for the live seats of one rank.
 
     Args:
+        model, step: the same student, for prefill and for a token in every slot.
         cache: the student's keys; holds every live seat up to, not including, its pending token.
         top_k: how many of the student's best log-probabilities to keep per token; 0 keeps none.
         seed, stream: name the random numbers together with rollout id and position.
     """
 
     def __init__(
-        self, model: FlatCausalLM, cache: SlotCache, sampling: Sampling, top_k: int, seed: int, stream: int
+        self, model: FlatCausalLM, step: Step, cache: SlotCache, sampling: Sampling, top_k: int, seed: int, stream: int
     ) -> None:
-        self._model = model
+        self._model, self._step = model, step
         self._cache = cache
         self._sampling = sampling
         self._top_k = top_k
@@ -60,34 +64,27 @@ class Decoder:
 
     def decode(self, seats: Sequence[Seat], tokens: int) -> Chunk:
         """Writes `tokens` tokens in every seat. One host-to-device copy before, none after, no synchronisation."""
-        count = len(seats)
-        slots = torch.arange(count, device=self._cache.device)
-        pending = self._tensor([seat.pending for seat in seats])
-        positions = self._tensor([seat.position for seat in seats])
-        keys = self._tensor([key(*self._origin, seat.request.id) for seat in seats])
-        counters = self._tensor([len(seat.response) for seat in seats])
+        state = [(s.pending, s.position, key(*self._origin, s.request.id), len(s.response)) for s in seats]
+        pending, positions, keys, counters = self._tensor(list(zip(*state, strict=True)))
         random_CS = uniforms(keys, counters + torch.arange(tokens, device=counters.device)[:, None])
         longest = max(seat.position for seat in seats)
-        inputs, written, ids, values = [], [], [], []
+        inputs, written, ids, logprobs = [], [], [], []
         with torch.inference_mode():  # a tenth faster than no_grad; what is stacked outside are ordinary tensors again
             for step in range(tokens):
-                plan = uniform_plan(self._cache, slots, positions, longest + step + 1)
-                logits = self._model(pending, positions, plan, linear, cache=self._cache)
-                logprobs = torch.log_softmax(logits.float() / self._sampling.scale, dim=-1)
+                logits = self._step(pending, positions, longest + step + 1)
+                drawn = sample_step(logits, random_CS[step], self._sampling, self._top_k)
                 inputs.append(pending)
-                if self._top_k:
-                    best = logprobs.topk(min(self._top_k, logprobs.shape[-1]), sorted=False)
-                    values.append(best.values)
-                    ids.append(best.indices)
-                pending = draw(logprobs, random_CS[step], self._sampling)
-                written.append(pending)
-                positions = positions + 1
+                written.append(drawn.tokens_S)
+                if drawn.top_ids_SK is not None and drawn.top_logprobs_SK is not None:
+                    ids.append(drawn.top_ids_SK)
+                    logprobs.append(drawn.top_logprobs_SK)
+                pending, positions = drawn.tokens_S, positions + 1
         return Chunk(
             torch.stack(inputs, 1),
             torch.stack(written, 1),
             torch.stack(ids, 1) if ids else None,
-            torch.stack(values, 1) if values else None,
+            torch.stack(logprobs, 1) if logprobs else None,
         )
 
-    def _tensor(self, values: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64).to(self._cache.device, non_blocking=True)
+    def _tensor(self, values: Sequence[Any]) -> torch.Tensor:
+        return upload(torch.tensor(values, dtype=torch.int64), self._cache.device)

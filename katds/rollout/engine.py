@@ -6,9 +6,12 @@ Every rank makes the same number of rounds, with one control reduction each; dec
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -16,8 +19,10 @@ import torch
 from katds.core.collective import Collective
 from katds.core.stop.base import StopRule
 from katds.core.types import Field, Need, Rollout, RolloutBatch, RolloutRequest, StopReason
+from katds.errors import TrainingError
 from katds.models.causal import FlatCausalLM
 from katds.models.slot_cache import SlotCache
+from katds.models.step import StepMaker
 from katds.rollout.decode import Chunk, Decoder
 from katds.rollout.sampling import Sampling
 from katds.rollout.scorer import Scores, TeacherForward, TeacherScorer
@@ -34,7 +39,11 @@ class StudentSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
-    """Sizes of one engine."""
+    """Sizes of one engine.
+
+    keep_decoder: between phases, keep the student's cache and whatever was made for its decode steps (CUDA graphs). Only for a
+    student whose weights stay where they are; the learner then has that much less memory.
+    """
 
     slots: int
     chunk_tokens: int
@@ -44,6 +53,8 @@ class EngineSettings:
     seed: int
     device: torch.device
     keep_divergences: bool = True
+    fast_decode: bool = True
+    keep_decoder: bool = False
 
 
 @dataclass(slots=True)
@@ -53,6 +64,8 @@ class EngineStats:
     rounds: int = 0
     tokens: int = 0
     decoded_tokens: int = 0
+    decode_steps: Counter[int] = field(default_factory=Counter)  # live rows -> token steps with so many
+    teacher_tokens: Counter[int] = field(default_factory=Counter)  # tokens of a teacher forward -> forwards
 
 
 class RolloutEngine:
@@ -63,6 +76,7 @@ class RolloutEngine:
             (evaluation); the rule must then need no divergence and `needs` be empty.
         needs: what the objective asks of the teacher.
         clock: told of the parts "control", "prefill", "decode", "teacher" and "judge".
+        say: told what a user should know, once.
     """
 
     def __init__(
@@ -74,6 +88,7 @@ class RolloutEngine:
         collective: Collective,
         settings: EngineSettings,
         clock: PhaseClock,
+        say: Callable[[str], None] = lambda _: None,
     ) -> None:
         if teacher is None and (needs or rule.needs_divergence):
             raise ValueError("an objective or stop rule needs the teacher's signal, but the engine has no teacher")
@@ -87,15 +102,20 @@ class RolloutEngine:
         self._teacher = teacher
         self._needs = needs
         self._top_k = settings.top_k if rule.needs_divergence or Need.STUDENT_TOP_K in needs else 0
+        self._steps = StepMaker(settings.fast_decode, settings.keep_decoder, say)
         self.stats = EngineStats()
+        self._finite = True  # of this rank's divergences
 
     @torch.no_grad()
     def generate(self, requests: Sequence[RolloutRequest], stream: int) -> RolloutBatch:
         """Collective: writes all `requests` (the same list on every rank); returns those that this rank wrote.
 
         `stream` names the random numbers together with the rollout ids, e.g. the training step.
+
+        Raises TrainingError on all ranks if a divergence on any of them is not finite.
         """
         self.stats = EngineStats()
+        self._finite = True
         # Audit rollouts run to their natural end and are the longest: begun first, they do not prolong the phase.
         queue = sorted(requests, key=lambda request: not request.audit)
         done, signal = [], _SignalLog()
@@ -118,29 +138,31 @@ class RolloutEngine:
     def _start(
         self, model: FlatCausalLM, teacher: TeacherForward | None, requests: Sequence[RolloutRequest], stream: int
     ) -> _Phase:
-        """Allocates the caches of one rollout phase; they are freed at its end, when the learner needs the memory."""
+        """The caches of one rollout phase. They are freed at its end, when the learner needs the memory; with `keep_decoder`, all but
+        the student's."""
         # A slot may overshoot its end by less than a chunk.
         length = (
             max((len(r.prompt.token_ids) + r.max_new_tokens for r in requests), default=1) + self._settings.chunk_tokens
         )
         slots = min(self._settings.slots, max(len(requests), 1))
-        cache = SlotCache(slots, length, self._settings.device)
-        decoder = Decoder(model, cache, self._settings.sampling, self._top_k, self._settings.seed, stream)
+        cache, step = self._steps(model, slots, length, self._settings.device)
+        sampling, seed = self._settings.sampling, self._settings.seed
+        decoder = Decoder(model, step, cache, sampling, self._top_k, seed, stream)
         if teacher is None:
             return _Phase(Slots(slots), [cache], decoder, None)
         read = SlotCache(slots, length, self._settings.device)
-        scorer = TeacherScorer(
-            teacher, read, self._needs, self._top_k > 0, self._settings.top_k, self._settings.sampling.scale
-        )
+        scorer = TeacherScorer(teacher, read, self._needs, self._top_k > 0, self._settings.top_k, sampling.scale)
         return _Phase(Slots(slots), [cache, read], decoder, scorer)
 
     def _admit(self, slots: Slots, queue: list[RolloutRequest]) -> tuple[dict[int, int], bool]:
         """Collective: the round's control reduction. Returns the followers' leaders, and whether any rank is busy."""
         rank, size = self._collective.rank, self._collective.size
-        report = torch.zeros(2, size, dtype=torch.int64)
-        report[0, rank], report[1, rank] = slots.free, len(slots.seats)
+        report = torch.zeros(3, size, dtype=torch.int64)
+        report[0, rank], report[1, rank], report[2, rank] = slots.free, len(slots.seats), not self._finite
         with self._clock("control"):
-            free, live = self._collective.sum(report).tolist()
+            free, live, failed = self._collective.sum(report).tolist()
+        if any(failed):
+            raise _not_finite()
         given = assign(free, live, (r.prompt.index for r in queue))
         mine = [queue[i] for i in given[rank]]
         del queue[: sum(map(len, given))]
@@ -158,13 +180,16 @@ class RolloutEngine:
         with self._clock("decode"):
             chunk = phase.decoder.decode(seats, self._settings.chunk_tokens)
         self.stats.decoded_tokens += chunk.tokens_SC.numel()
+        self.stats.decode_steps[len(seats)] += chunk.tokens_SC.shape[1]
         return chunk
 
     def _score(self, phase: _Phase, leaders: dict[int, int], chunk: Chunk | None) -> Scores:
         if phase.scorer is None:
             return Scores({}, None)
         with self._clock("teacher"):
-            return phase.scorer.score(phase.slots.seats, leaders, chunk)
+            scores = phase.scorer.score(phase.slots.seats, leaders, chunk)
+        self.stats.teacher_tokens[scores.tokens] += 1
+        return scores
 
     def _judge(
         self, phase: _Phase, chunk: Chunk, scores: Scores, signal: _SignalLog
@@ -174,6 +199,9 @@ class RolloutEngine:
             tokens_SC = chunk.tokens_SC.tolist()
             empty: list[list[float]] = [[0.0] * len(row) for row in tokens_SC]
             divergences_SC = empty if scores.divergences_SC is None else scores.divergences_SC.tolist()
+            if not all(map(math.isfinite, itertools.chain.from_iterable(divergences_SC))):
+                self._finite = False  # told to all ranks in the next round, so that they end together
+                return []
             first_row = signal.add(scores.signal)
             ended, done = [], []
             for slot, (seat, tokens, divergences) in enumerate(
@@ -218,6 +246,15 @@ class RolloutEngine:
             if token in self._settings.eos_ids:
                 return i + 1, StopReason.EOS
         return (room, StopReason.LENGTH) if len(tokens) >= room else (len(tokens), None)
+
+
+def _not_finite() -> TrainingError:
+    error = TrainingError(
+        "The divergence of student and teacher is not a finite number. Look at the logits of both models, or lower "
+        "train.optimizer.lr; run.resume goes on from the last checkpoint."
+    )
+    error.reported_by_main = True
+    return error
 
 
 @dataclass(slots=True)

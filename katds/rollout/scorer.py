@@ -16,6 +16,7 @@ import torch
 from katds.core.divergences import top_k_tail_reverse_kl
 from katds.core.teacher_signal import score_tile
 from katds.core.types import Field, Need
+from katds.models.attention import upload
 from katds.models.slot_cache import SlotCache, ragged_plan
 from katds.models.tiled_head import score_head
 from katds.rollout.decode import Chunk
@@ -42,6 +43,7 @@ class Scores:
 
     signal: dict[Field, torch.Tensor]
     divergences_SC: torch.Tensor | None  # float32 [nats], top-K + tail reverse KL
+    tokens: int = 0  # that the forward read
 
 
 class TeacherScorer:
@@ -90,7 +92,7 @@ class TeacherScorer:
             signal[Field.STUDENT_TOP_IDS] = chunk.top_ids_SCK.flatten(0, 1).to(torch.int32)
         else:
             signal.pop(Field.STUDENT_TOP, None)  # only the stop rule has asked for it
-        return Scores(signal, divergences)
+        return Scores(signal, divergences, tokens.shape[0])
 
     def _layout(
         self, seats: Sequence[Seat], uniform: int, counts: Sequence[int], inputs_SC: torch.Tensor
@@ -98,14 +100,19 @@ class TeacherScorer:
         """The flat input tokens, and which of them are scored (None: all)."""
         if uniform == len(seats):
             return inputs_SC.flatten(), None
-        device, width = inputs_SC.device, inputs_SC.shape[1]
-        pieces, rows, at = [inputs_SC[:uniform].flatten()], list(range(uniform * width)), uniform * width
+        width = inputs_SC.shape[1]
+        prompts: list[int] = []
+        rows, at = list(range(uniform * width)), uniform * width
         for slot in range(uniform, len(seats)):
-            prompt = seats[slot].request.prompt.token_ids[:-1]
-            pieces += [torch.tensor(prompt, dtype=torch.int64, device=device), inputs_SC[slot]]
-            rows += range(at + len(prompt), at + counts[slot])
+            prompts += seats[slot].request.prompt.token_ids[:-1]
+            rows += range(at + counts[slot] - width, at + counts[slot])
             at += counts[slot]
-        return torch.cat(pieces), torch.tensor(rows, dtype=torch.int64, device=device)
+        host = torch.tensor(prompts + rows, dtype=torch.int64)
+        read, rows_N = upload(host, inputs_SC.device).split([len(prompts), len(rows)])
+        pieces = [inputs_SC[:uniform].flatten()]
+        for slot, prompt in enumerate(read.split([count - width for count in counts[uniform:]]), uniform):
+            pieces += [prompt, inputs_SC[slot]]
+        return torch.cat(pieces), rows_N
 
     def _head(self, chunk: Chunk) -> Callable[..., dict[Field, torch.Tensor]]:
         actions = chunk.tokens_SC.flatten()

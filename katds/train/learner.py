@@ -18,7 +18,7 @@ from katds.core.objectives import Objective
 from katds.core.packing import DEFAULT_ATTENTION_WEIGHT
 from katds.core.types import Field, Need, RolloutBatch, RolloutRequest
 from katds.errors import TrainingError
-from katds.models.attention import PackedPlan
+from katds.models.attention import PackedPlan, upload
 from katds.models.tiled_head import head_logprobs, tiled_loss
 from katds.rollout.engine import PhaseClock
 from katds.train.share import Share, deal, survey
@@ -141,26 +141,27 @@ class Learner:
         self, share: Share, members: list[int]
     ) -> tuple[torch.Tensor, torch.Tensor, PackedPlan, torch.Tensor, torch.Tensor]:
         """Flat inputs and positions, the attention plan, the inputs that predict kept tokens, and their rows in the share."""
-        pieces, lengths, rows, picked, at = [], [], [], [], 0
+        none = torch.empty(0, dtype=torch.int64)
+        prompts, lengths, rows, picked, at = [], [], [none], [none], 0
         for i in members:
             prompt, span = share.requests[i].prompt.token_ids, share.spans[i]
-            # The last kept token is predicted, never read.
-            pieces += [torch.tensor(prompt, device=self._device), share.actions[span][:-1]]
             count = span.stop - span.start
+            prompts.append(torch.tensor(prompt))
             rows.append(torch.arange(at + len(prompt) - 1, at + len(prompt) - 1 + count))
             picked.append(torch.arange(span.start, span.stop))
             lengths.append(len(prompt) + count - 1)
             at += lengths[-1]
         if not members:
-            pieces, lengths, rows, picked = (
-                [torch.zeros(1, dtype=torch.int64, device=self._device)],
-                [1],
-                [torch.empty(0, dtype=torch.int64)],
-                [torch.empty(0, dtype=torch.int64)],
-            )
-        positions = torch.cat([torch.arange(n) for n in lengths]).to(self._device)
+            prompts, lengths = [torch.zeros(1, dtype=torch.int64)], [1]
+        # One transfer for all that comes from the host.
+        positions = [torch.arange(n) for n in lengths]
+        host = [torch.cat(parts) for parts in (prompts, positions, rows, picked)]
+        read, *others = upload(torch.cat(host), self._device).split([len(part) for part in host])
+        pieces = list(read.split([len(prompt) for prompt in prompts]))
+        for at, i in enumerate(members):
+            pieces[at] = torch.cat([pieces[at], share.actions[share.spans[i]][:-1]])  # the last token is never read
         plan = PackedPlan.of(lengths, self._device)
-        return torch.cat(pieces), positions, plan, torch.cat(rows).to(self._device), torch.cat(picked).to(self._device)
+        return torch.cat(pieces), others[0], plan, others[1], others[2]
 
 
 def _finite(norm: float, step: int) -> float:

@@ -46,7 +46,7 @@ class Trainer:
         if start == 0:
             self.before = self._evaluate(0)
         for step in range(start, self.steps):
-            self._step(step)
+            self.step(step)
             done = step + 1
             if done == self.steps or _due(done, self.evaluate_every):
                 self.after = self._evaluate(done)
@@ -54,7 +54,8 @@ class Trainer:
                 with self.monitor.phase("checkpoint"):
                     checkpoints.save(done)
 
-    def _step(self, step: int) -> None:
+    def step(self, step: int) -> None:
+        """Collective: one training step. Neither evaluates nor saves."""
         requests = self.requests.step(step)
         with self.monitor.phase("rollout"):
             batch = self.engine.generate(requests, stream=step)

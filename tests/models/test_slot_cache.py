@@ -135,8 +135,8 @@ def test_rubbish_beyond_a_slots_end_is_never_seen() -> None:
     for rubbish in (0.0, 1e6):
         texts = Texts(FlatCausalLM(qwen("katds").double().eval(), VOCABULARY), 3)
         texts.feed(0, [texts.tokens(1)] * SLOTS, SLOTS)
-        for buffer in (*texts.cache._keys, *texts.cache._values):
-            buffer[:, 1:] = rubbish
+        for buffer in texts.cache.buffers(0) + texts.cache.buffers(1):
+            buffer[:, :, 1:] = rubbish  # [slots, heads, length, D] on the CPU
         texts.feed(0, [texts.tokens(n) for n in (3, 1, 5, 2, 4)], 0)
         texts.step(SLOTS, 20)
         results.append(texts.seen())

@@ -42,15 +42,19 @@ class Models:
 
 
 @cache
-def models(dtype: torch.dtype = torch.float64, tied: bool = True) -> Models:
+def models(dtype: torch.dtype = torch.float64, tied: bool = True, device: str = "cpu", head_dim: int = 8) -> Models:
     """Both vocabularies are padded beyond the tokenizer's, by different numbers of rows.
 
     transformers' eager attention takes its softmax in float32 whatever the model, so float64 is compared with `sdpa`.
     """
-    student = {"seed": 1, "tied": tied, "vocabulary": VOCABULARY + 7, **RANDOM}
-    teacher = {"seed": 2, "hidden": 48, "tied": not tied, "vocabulary": VOCABULARY + 15, **RANDOM}
+    common = {"head_dim": head_dim, **RANDOM}
+    student = {"seed": 1, "tied": tied, "vocabulary": VOCABULARY + 7, **common}
+    teacher = {"seed": 2, "hidden": 48, "tied": not tied, "vocabulary": VOCABULARY + 15, **common}
     flat, plain = (
-        [random_model(attn_implementation=attention, **options).to(dtype).eval() for options in (student, teacher)]
+        [
+            random_model(attn_implementation=attention, **options).to(device, dtype).eval()
+            for options in (student, teacher)
+        ]
         for attention in ("katds", "eager" if dtype is torch.float32 else "sdpa")
     )
     return Models(FlatCausalLM(flat[0], VOCABULARY), FlatCausalLM(flat[1], VOCABULARY), *plain)
@@ -78,7 +82,7 @@ def engine(
     """An engine with the pair's teacher, or with `teacher`."""
     defaults = {
         "slots": 4, "chunk_tokens": 5, "eos_ids": (), "sampling": Sampling(), "top_k": TOP_K, "seed": SEED,
-        "device": torch.device("cpu"),
+        "device": pair.student.head_parameters()[0].device,
     }  # fmt: skip
     return RolloutEngine(
         Resident(pair.student),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -15,8 +16,11 @@ from katds.core.collective import Solo
 from katds.core.stop.simple import NeverRule
 from katds.core.types import Field, Need, RolloutRequest, require
 from katds.models.causal import FlatCausalLM
+from katds.models.graph_step import GraphStep, StaticStep
 from katds.models.slot_cache import SlotCache
+from katds.models.step import PlainStep, Step
 from katds.parallel.world import ProcessCollective
+from katds.rollout import sampling as filters
 from katds.rollout.decode import Decoder
 from katds.rollout.engine import EngineSettings, RolloutEngine
 from katds.rollout.sampling import Sampling
@@ -38,10 +42,12 @@ class Counted:
         return self._model(input_ids, *args, **kwargs)
 
 
-def prefill_and_decode(model: FlatCausalLM, device: torch.device, sampling: Sampling, guard: Any) -> torch.Tensor:
+def prefill_and_decode(
+    model: FlatCausalLM, way: Callable[..., Step], device: torch.device, sampling: Sampling, guard: Any
+) -> torch.Tensor:
     slots, cache = Slots(6), SlotCache(6, 40, device)
     leaders = slots.admit([RolloutRequest(i, prompt, 9) for i, prompt in enumerate(prompts([3, 5, 3, 1]))])
-    decoder = Decoder(model, cache, sampling, 4, 0, 0)
+    decoder = Decoder(model, way(model, cache), cache, sampling, 4, 0, 0)
     decoder.prefill(slots.seats, leaders)
     decoder.decode(slots.seats, 2)  # buffers, and the kernels' first-call work
     with guard:
@@ -49,11 +55,17 @@ def prefill_and_decode(model: FlatCausalLM, device: torch.device, sampling: Samp
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("way", [PlainStep, StaticStep])
 @pytest.mark.parametrize("sampling", SAMPLINGS)
-def test_decoding_never_asks_the_host(sampling: Sampling) -> None:
+def test_decoding_never_asks_the_host(
+    sampling: Sampling, way: Callable[..., Step], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On the meta device tensors have no values, so that whatever wants to know one, by whatever name, raises."""
+    # The filters that CUDA takes; those of the CPU may look.
+    monkeypatch.setattr(filters, "_kept_by_candidates", lambda p, _, settings: filters._kept_by_edge(p, settings))
+    monkeypatch.setattr(filters, "_edge_by_histogram", filters._edge_by_bisection)
     model = FlatCausalLM(random_model(1, attn_implementation="katds").eval().to("meta"), VOCABULARY)
-    tokens = prefill_and_decode(model, torch.device("meta"), sampling, nullcontext())
+    tokens = prefill_and_decode(model, way, torch.device("meta"), sampling, nullcontext())
     assert tokens.shape == (4, 7) and tokens.is_meta
     with pytest.raises(Exception, match="meta"):
         tokens.tolist()
@@ -69,11 +81,12 @@ class Sync:
 
 @pytest.mark.gpu
 @torch.no_grad()
+@pytest.mark.parametrize("way", [PlainStep, GraphStep])
 @pytest.mark.parametrize("sampling", SAMPLINGS)
-def test_decoding_on_cuda_never_waits_for_the_device(sampling: Sampling) -> None:
+def test_decoding_on_cuda_never_waits_for_the_device(sampling: Sampling, way: Callable[..., Step]) -> None:
     model = random_model(1, head_dim=64, attn_implementation="katds").eval().to("cuda", torch.bfloat16)
     device = torch.device("cuda")
-    assert prefill_and_decode(FlatCausalLM(model, VOCABULARY), device, sampling, Sync()).shape == (4, 7)
+    assert prefill_and_decode(FlatCausalLM(model, VOCABULARY), way, device, sampling, Sync()).shape == (4, 7)
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 16])

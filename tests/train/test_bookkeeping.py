@@ -17,8 +17,10 @@ from local_ranks import run_local
 
 from katds.core.collective import Solo
 from katds.core.types import Cut, Prompt, Rollout, RolloutRequest, StopReason
+from katds.errors import TrainingError
 from katds.train import statistics
 from katds.train.clock import Clock
+from katds.train.learner import _finite
 from katds.train.monitor import Monitor
 from katds.train.schedule import cosine_with_warmup
 from katds.train.summary import peak_memory_bytes, summarise, write_summary
@@ -282,3 +284,10 @@ def test_not_finite_metrics_do_not_break_the_record(tmp_path: Path) -> None:
     record(of, 0, LEARNED | {"gradient_norm": math.nan})
     of.close()
     assert math.isnan(json.loads((tmp_path / "metrics.jsonl").read_text())["train/gradient_norm"])
+
+
+@pytest.mark.parametrize("norm", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_ends_the_run(norm: float) -> None:
+    """DeepSpeed would pass over the update without a word."""
+    with pytest.raises(TrainingError, match="gradient norm of step 2 is"):
+        _finite(norm, 1)

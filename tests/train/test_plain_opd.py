@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import run_alone, run_ranks
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from zoo import build_pair, deepspeed_json, optimizer
 
@@ -60,7 +60,19 @@ def distil(root: Path, out: Path) -> list[Any]:
 @pytest.mark.parametrize("size", [1, 2])
 def test_steps_are_those_of_a_plain_pytorch_loop(tmp_path: Path, size: int) -> None:
     build_pair(tmp_path)
-    ranks = run_ranks(size, distil, tmp_path, tmp_path / "trained")
+    compare(tmp_path, run_ranks(size, distil, tmp_path, tmp_path / "trained"), 1e-5)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_single_device_does_the_steps_of_a_plain_loop_on_the_cpu(tmp_path: Path, device: str) -> None:
+    """On CUDA in fp32: ZeRO-3 over NCCL, graphs, the kernels of the loss and of sampling."""
+    build_pair(tmp_path)
+    rank = run_alone(device, distil, tmp_path, tmp_path / "trained")
+    compare(tmp_path, [rank], 1e-5 if device == "cpu" else 1e-4)
+
+
+def compare(tmp_path: Path, ranks: list[Any], tolerance: float) -> None:
+    """What the ranks did with their rollouts, against transformers and torch alone."""
     student, teacher = (
         AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32) for name in ("student", "teacher")
     )
@@ -84,12 +96,12 @@ def test_steps_are_those_of_a_plain_pytorch_loop(tmp_path: Path, size: int) -> N
         adam.step()
         for rank in ranks:
             report = rank[step][1]
-            assert report["loss"] == pytest.approx(loss.item(), rel=1e-5)
-            assert report["gradient_norm"] == pytest.approx(norm.item(), rel=1e-4)
+            assert report["loss"] == pytest.approx(loss.item(), rel=tolerance)
+            assert report["gradient_norm"] == pytest.approx(norm.item(), rel=10 * tolerance)
             assert (report["lr"], report["tokens"]) == (RATES[step], sum(len(r) for _, r in rollouts))
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "trained", dtype=torch.float32).state_dict()
     assert trained.keys() == before.keys()
     moved = max((trained[name] - before[name]).abs().max() for name in before)
     assert moved > 1e-3
     for name, value in student.state_dict().items():
-        assert (trained[name] - value).abs().max() < 1e-6, name
+        assert (trained[name] - value).abs().max() < 0.1 * tolerance, name

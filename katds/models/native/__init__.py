@@ -1,0 +1,1 @@
+"""Decoding on the CPU without PyTorch's operator calls."""

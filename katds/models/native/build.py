@@ -1,0 +1,117 @@
+"""Compiles decode.c with the machine's C compiler, once per source, compiler and processor."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("decode.c")
+# Of -ffast-math all that lets sums be vectorised; the whole of it would switch off denormal numbers for the entire process,
+# and NaN. ISO C would forbid fused multiply-add.
+FLAGS = [
+    "-O3", "-std=gnu11", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros",
+    "-fassociative-math", "-freciprocal-math", "-ffp-contract=fast",
+]  # fmt: skip
+TARGETS: list[list[str]] = [["-march=native"], []]  # clang does not know the first for every processor
+COMPILE_SECONDS = 60  # a compiler may wait for a licence or a file server
+
+
+class Unavailable(Exception):
+    """The native decode step cannot be used, and why, as half a sentence."""
+
+
+def library() -> ctypes.CDLL:
+    """The compiled library; a second or two the first time on a machine. Raises Unavailable, on every call for one reason."""
+    loaded = _library()
+    if isinstance(loaded, str):
+        raise Unavailable(loaded)
+    return loaded
+
+
+@cache
+def _library() -> ctypes.CDLL | str:
+    """The library, or why there is none."""
+    try:
+        compiler = _compiler()
+        cached = _folder() / f"decode-{_fingerprint(compiler)}.so"
+        with suppress(OSError):  # not there, or not loadable
+            return ctypes.CDLL(str(cached))
+        with tempfile.TemporaryDirectory() as folder:
+            built = Path(folder) / cached.name
+            _compile(compiler, built)
+            with suppress(OSError):  # a home that cannot be written costs every process a compilation
+                _publish(built, cached)
+            return ctypes.CDLL(str(built))  # stays mapped without its file
+    except Unavailable as reason:
+        return str(reason)
+    except OSError as error:
+        return f"the compiled code cannot be written or loaded ({error})"
+
+
+def _compiler() -> list[str]:
+    named = os.environ.get("CC", "").strip()
+    try:
+        candidates = [shlex.split(named)] if named else [["cc"], ["gcc"], ["clang"]]
+    except ValueError as error:
+        raise Unavailable(f"CC is {named} ({error})") from None
+    for words in candidates:
+        if shutil.which(words[0]):
+            return words
+    raise Unavailable(f"there is no C compiler ({named or 'cc, gcc or clang'})")
+
+
+def _folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(base).absolute() / "katds"
+
+
+def _fingerprint(compiler: list[str]) -> str:
+    """Names what the machine code depends on: a home folder may be shared by unlike machines."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    processor = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+    version = _run([*compiler, "--version"]).stdout
+    parts = [SOURCE.read_text(), *compiler, *FLAGS, version, platform.machine(), processor]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _compile(compiler: list[str], path: Path) -> None:
+    for target in TARGETS:
+        done = _run([*compiler, *FLAGS, *target, "-o", str(path), str(SOURCE), "-lm"])
+        if done.returncode == 0 and path.exists():
+            return
+    lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+    error = next((line for line in lines if "error" in line.lower()), lines[0])
+    raise Unavailable(f"{shlex.join(compiler)} fails on {SOURCE.name}: {error.strip()}")
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, errors="replace", check=False, stdin=subprocess.DEVNULL,
+            timeout=COMPILE_SECONDS,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Unavailable(f"{command[0]} cannot be run ({error})") from None
+
+
+def _publish(built: Path, cached: Path) -> None:
+    """Puts the library where later processes look for it.
+
+    The first of many ranks wins. A link, not a replacement: on a network file system, replacing a library kills the
+    processes on other nodes that have it mapped.
+    """
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cached.parent) as folder:
+        whole = Path(folder) / cached.name
+        shutil.copyfile(built, whole)
+        os.link(whole, cached)

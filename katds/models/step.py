@@ -1,0 +1,126 @@
+"""How a decode step is computed: one token in each of the slots 0 .. n-1, to logits.
+
+A step costs some forty operator calls per layer. Where the arithmetic is small next to them, they are left out: on the CPU by
+C code, on CUDA by graphs. Which way serves a model is found out once, by comparing its logits with those of the model's own forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from katds.models.causal import FlatCausalLM, linear
+from katds.models.graph_step import GraphStep
+from katds.models.native.build import Unavailable
+from katds.models.native.step import NativeStep
+from katds.models.slot_cache import SlotCache, uniform_plan
+
+CHECK_SLOTS, CHECK_LIVE, CHECK_TOKENS = 4, 3, 6  # one slot is free, so that an idle row rides along
+
+
+class Step(Protocol):
+    """Writes the keys of tokens [n] at positions [n] (int64) and returns their logits [n, V]; `longest` is the largest
+    position + 1. The tensor is overwritten by the next call."""
+
+    def __call__(self, tokens: torch.Tensor, positions: torch.Tensor, longest: int) -> torch.Tensor: ...
+
+
+class PlainStep:
+    """The model's own forward, operator by operator."""
+
+    def __init__(self, model: FlatCausalLM, cache: SlotCache) -> None:
+        self._model, self._cache = model, cache
+        self._slots = torch.arange(cache.slots, device=cache.device)
+
+    def __call__(self, tokens: torch.Tensor, positions: torch.Tensor, longest: int) -> torch.Tensor:
+        plan = uniform_plan(self._cache, self._slots[: tokens.shape[0]], positions, longest)
+        logits: torch.Tensor = self._model(tokens, positions, plan, linear, cache=self._cache)
+        return logits
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A cache and the step that writes to it, and where the weights lay when it was made."""
+
+    cache: SlotCache
+    step: Step
+    model: FlatCausalLM
+    addresses: tuple[int, ...]
+
+    def serves(self, model: FlatCausalLM, slots: int, length: int) -> bool:
+        fits = self.cache.slots >= slots and self.cache.length >= length
+        return fits and self.model is model and self.addresses == _addresses(model)
+
+
+class StepMaker:
+    """Makes the cache and the step of one model, phase after phase.
+
+    Args:
+        fast: leave operator calls out where that is possible.
+        keep: hold on to cache and step between phases, CUDA graphs included, as long as they fit and the weights have not moved.
+            Their memory is then never given back; a step may hold on to the weights, too.
+        say: told once why operator calls cannot be left out.
+    """
+
+    def __init__(self, fast: bool, keep: bool, say: Callable[[str], None]) -> None:
+        self._fast, self._keep, self._say = fast, keep, say
+        self._checked = False
+        self._kept: Made | None = None
+
+    def __call__(self, model: FlatCausalLM, slots: int, length: int, device: torch.device) -> tuple[SlotCache, Step]:
+        """For a model whose weights are in place. The cache may be larger than asked for."""
+        made, self._kept = self._kept, None
+        if made is not None and not made.serves(model, slots, length):
+            # Phases differ in size; with the largest so far, the steps soon stop being made anew.
+            slots, length = max(slots, made.cache.slots), max(length, made.cache.length)
+            made = None  # freed before the next one is allocated
+        if made is None:
+            cache = SlotCache(slots, length, device)
+            made = Made(cache, self._step(model, cache), model, _addresses(model))
+        if self._keep:
+            self._kept = made
+        return made.cache, made.step
+
+    def _step(self, model: FlatCausalLM, cache: SlotCache) -> Step:
+        way: Callable[[FlatCausalLM, SlotCache], Step] = GraphStep if cache.device.type == "cuda" else NativeStep
+        if not self._fast:
+            return PlainStep(model, cache)
+        try:
+            if not self._checked:
+                check(way, model)
+                self._checked = True
+            return way(model, cache)
+        except Unavailable as reason:
+            self._fast = False
+            self._say(f"decoding goes through transformers, operator by operator: {reason}")
+            return PlainStep(model, cache)
+
+
+@torch.no_grad()
+def check(way: Callable[[FlatCausalLM, SlotCache], Step], model: FlatCausalLM) -> None:
+    """Compares a few steps with the model's own forward. Raises Unavailable if they differ by more than rounding."""
+    weight, _ = model.head_parameters()
+    mine, own = (SlotCache(CHECK_SLOTS, CHECK_TOKENS + 1, weight.device) for _ in range(2))
+    step, plain = way(model, mine), PlainStep(model, own)
+    for at in range(CHECK_TOKENS):
+        tokens = torch.tensor([(7 * at + 4 * row + 1) % weight.shape[0] for row in range(CHECK_LIVE)]).to(weight.device)
+        positions = torch.full((CHECK_LIVE,), at, device=weight.device)
+        expected = plain(tokens, positions, at + 1).float()
+        difference = step(tokens, positions, at + 1).float() - expected
+        # By the largest row: a token may have no logits at all, such as one whose embedding is zero.
+        error = float(difference.norm(dim=-1).max() / expected.norm(dim=-1).max())
+        if not error <= tolerance(weight.dtype):  # NaN too
+            raise Unavailable(f"the fast step's logits differ from the model's own by {error:.1g} of their size")
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Of the logits' norm. Rounding each of 2 x layers sums to `dtype` shifts them by some sqrt(2 layers) eps / 4, a few eps for
+    the deepest models; a wrong formula shifts them by some 1e-1 and more, idle or stale rows by 1."""
+    return max(1e-3, 8 * torch.finfo(dtype).eps)
+
+
+def _addresses(model: FlatCausalLM) -> tuple[int, ...]:
+    return tuple(parameter.data_ptr() for parameter in model.parameters())

@@ -1,0 +1,51 @@
+"""How the student decodes is a matter of speed and memory: `rollout.weights` and `rollout.fast_decode` change no result."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from test_whole_runs import STEPS, rollouts_of
+from whole_runs import full_run, records, timeless, train, weights
+from zoo import build_recipe, shared_folder
+
+from katds import run
+from katds.config import Recipe
+from katds.rollout.sampling import Sampling
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shared_folder(tmp_path_factory)
+
+
+def test_a_run_that_decodes_from_a_copy_is_the_same_run(base: Path, tmp_path: Path) -> None:
+    """Bit for bit: two updates a step, evaluations in between, cache and step kept from phase to phase."""
+    folder, seen = full_run(base, 2)
+    again = json.loads(json.dumps(train(2, build_recipe(tmp_path, "copy", rollout={"weights": "copy"}))))
+    assert again == seen
+    for one, two in zip(records(folder), records(tmp_path / "runs" / "copy"), strict=True):
+        assert timeless(one) == timeless(two)
+    own, other = weights(folder), weights(tmp_path / "runs" / "copy")
+    assert all(torch.equal(own[name], other[name]) for name in own)
+
+
+def test_a_run_without_fast_decoding_writes_the_same(base: Path, tmp_path: Path) -> None:
+    """The C code sums in another order, so no more than the same tokens can be asked for."""
+    _, seen = full_run(base, 2)
+    plain = json.loads(json.dumps(train(2, build_recipe(tmp_path, "plain", rollout={"fast_decode": False}))))
+    for step in range(STEPS):
+        assert rollouts_of(plain, step) == rollouts_of(seen, step)
+
+
+@pytest.mark.parametrize(("fast", "kept"), [(True, "view"), (False, "copy")])
+def test_the_engine_gets_what_the_recipe_says(fast: bool, kept: str) -> None:
+    models: dict[str, Any] = {"student": {"path": "s"}, "teacher": {"path": "t"}, "data": {"train": "d"}}
+    recipe = Recipe.model_validate({"run": {"name": "r"}, "rollout": {"fast_decode": fast, "weights": kept}, **models})
+    world, facts = SimpleNamespace(device=torch.device("cpu")), SimpleNamespace(eos_ids=(1,))
+    settings = run._settings(recipe, facts, world, Sampling())  # type: ignore[arg-type]
+    assert (settings.fast_decode, settings.keep_decoder) == (fast, kept == "copy")
