@@ -1,4 +1,4 @@
-"""Runs a function on several ranks of this machine and collects what they return."""
+"""Runs a function on several ranks of this machine and collects what they return. Importing it is cheap."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 
 def on_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """function(*args) on every rank of a fresh world of `ranks`, one thread each on the CPU; results in rank order.
@@ -18,6 +16,8 @@ def on_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     `function` joins the world itself (`katds.parallel.world.start_world`), must be importable, and its results picklable. A rank that
     fails ends the others and raises here.
     """
+    import torch
+
     with tempfile.TemporaryDirectory() as folder:
         os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
         torch.multiprocessing.spawn(_child, (ranks, _free_port(), folder, function, args), nprocs=ranks)
@@ -25,6 +25,8 @@ def on_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
 
 
 def _child(rank: int, ranks: int, port: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    import torch
+
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),

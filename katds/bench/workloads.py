@@ -1,8 +1,12 @@
 """Pairs of random models whose rollouts have known lengths, and prompts for them, as folders that any trainer reads.
 
-Lengths are built into the weights. Channel 0 of the residual stream holds a constant sign that no layer writes to; the
-(tied) head reads it. Words of the first half of the vocabulary carry +, those of the second half -, so a text stays in the half that
-its prompt is in, and the end token's row decides how often a text of the first half ends: never, or every so many words.
+Lengths are built into the weights. Channel 0 of the residual stream holds a sign that no layer writes to, and that outweighs all
+they write elsewhere; the (tied) head reads it. Words of the first half of the vocabulary carry +, those of the second half -,
+so a text stays in the half that its prompt is in. The end token's row decides how often a text of the first half ends: never, or with
+a probability per token that is set by measuring the finished model. A text of the second half never ends.
+
+Invariants: while the weights are those that `build` wrote, a token that should not come (another half's, padding, an end where
+none is due) has a probability below 1e-9.
 """
 
 from __future__ import annotations
@@ -10,11 +14,16 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 SPECIALS = ("<pad>", "<eos>")
+# Logit of a word of the text's own half; the other half has the negative. Far enough for never, and not so far that probabilities
+# become denormal numbers, which a CPU computes slowly.
+LOGIT = 20.0
+QUIET = 0.01  # scale of what the layers write
 
 
 @dataclass(frozen=True)
@@ -41,8 +50,9 @@ class Workload:
     Args:
         rollouts: per rank and step.
         new_tokens: longest response.
-        long_every, mean_short: all but every `long_every`-th prompt lead to short responses of about `mean_short`
-            words (geometrically distributed); 0: every response has `new_tokens`.
+        long_every, mean_short: of `long_every` successive prompts one, at a random place, leads to `new_tokens` tokens; the responses
+            to the others are geometrically distributed with mean `mean_short`, the end token included. 0: every response has
+            `new_tokens` tokens.
     """
 
     name: str
@@ -54,6 +64,27 @@ class Workload:
     prompt_tokens: int = 16
     long_every: int = 0
     mean_short: int = 0
+
+
+@dataclass(frozen=True)
+class Task:
+    """One step's work on given models: what katds and a peer do alike.
+
+    Args:
+        prompts: JSON lines, read in this order.
+        rollouts: per rank and step.
+        at_once: of these, how many a peer puts into one forward.
+        lr: learning rate.
+    """
+
+    student: Path
+    teacher: Path
+    prompts: Path
+    rollouts: int
+    at_once: int
+    new_tokens: int
+    steps: int
+    lr: float
 
 
 TINY = (Size(128, 4), Size(256, 6), 2048)  # 1.05 M and 5.2 M parameters
@@ -73,22 +104,27 @@ WORKLOADS = {
 def build(workload: Workload, root: Path, prompts: int, seed: int = 0) -> Path:
     """Writes student/, teacher/ and prompts.jsonl below `root`."""
     import torch
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     for role, size in (("student", workload.student), ("teacher", workload.teacher)):
         torch.manual_seed(2 * seed + (role == "teacher"))
         folder = root / role
         _model(size, workload).save_pretrained(folder)
         _tokenizer(workload.vocabulary).save_pretrained(folder)
-    draw = random.Random(seed)
-    rows = [json.dumps({"prompt": _prompt(workload, i, draw)}) + "\n" for i in range(prompts)]
-    (root / "prompts.jsonl").write_text("".join(rows))
+    rows = ({"prompt": text} for text in _prompts(workload, prompts, random.Random(seed)))
+    (root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return root
 
 
-def _prompt(workload: Workload, index: int, draw: random.Random) -> str:
+def _prompts(workload: Workload, count: int, draw: random.Random) -> Iterator[str]:
     half = (workload.vocabulary - len(SPECIALS)) // 2
-    first = half if workload.long_every and index % workload.long_every == 0 else 0
-    return " ".join(f"w{first + draw.randrange(half)}" for _ in range(workload.prompt_tokens))
+    every = workload.long_every
+    for index in range(count):
+        if every and index % every == 0:
+            long = index + draw.randrange(every)
+        first = half if every and index == long else 0
+        yield " ".join(f"w{first + draw.randrange(half)}" for _ in range(workload.prompt_tokens))
 
 
 def _tokenizer(vocabulary: int) -> Any:
@@ -98,27 +134,45 @@ def _tokenizer(vocabulary: int) -> Any:
     words = [*SPECIALS, *(f"w{i}" for i in range(vocabulary - len(SPECIALS)))]
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>")
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", padding_side="left")
 
 
 def _model(size: Size, workload: Workload) -> Any:
     import torch
     from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
-    model = Qwen3ForCausalLM(Qwen3Config(**size.config(workload.vocabulary)))
+    model = Qwen3ForCausalLM(Qwen3Config(**size.config(workload.vocabulary))).eval()
+    sign = LOGIT / math.sqrt(size.hidden)  # the last norm brings channel 0 to the root of the width
     half = (workload.vocabulary - len(SPECIALS)) // 2
-    reach = math.sqrt(size.hidden)  # of channel 0 after the last norm, where it is nearly all there is
     with torch.no_grad():
         for layer in model.model.layers:
-            layer.self_attn.o_proj.weight[0] = 0.0
-            layer.mlp.down_proj.weight[0] = 0.0
+            for writer in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                writer.weight *= QUIET
+                writer.weight[0] = 0.0
         table = model.model.embed_tokens.weight
-        table[:, 0] = 1.0
-        table[len(SPECIALS) + half :, 0] = -1.0
+        table[:, 0] = sign
+        table[len(SPECIALS) + half :, 0] = -sign
+        table[0, 0] = 0.0
         table[1] = 0.0
-        # Against `half` words of weight e^reach each.
-        table[1, 0] = 1.0 + math.log(half / workload.mean_short) / reach if workload.mean_short else -2.0
-        table[0] = 0.0
-        table[0, 0] = -2.0 if not workload.long_every else 0.0
+        table[1, 0] = _end_sign(model, half, workload.mean_short) if workload.mean_short else 0.0
     model.generation_config = GenerationConfig(eos_token_id=1, pad_token_id=0, do_sample=True)
     return model
+
+
+def _end_sign(model: Any, half: int, mean: int, texts: int = 16, words: int = 64) -> float:
+    """Channel 0 of the end token's row with which a text of the first half ends after `mean` tokens on average."""
+    import torch
+
+    text = torch.randint(len(SPECIALS), len(SPECIALS) + half, (texts, words))
+    hidden = model.model(text).last_hidden_state
+    logits = model.lm_head(hidden)
+    logits[..., 1] = -torch.inf
+    others, read = logits.logsumexp(-1).double(), hidden[..., 0].double()
+    low, high = 0.0, 2.0 * float(model.model.embed_tokens.weight[:, 0].max())
+    for _ in range(60):
+        middle = (low + high) / 2
+        if torch.sigmoid(middle * read - others).mean() * mean < 1:
+            low = middle
+        else:
+            high = middle
+    return low

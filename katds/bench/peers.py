@@ -1,0 +1,214 @@
+"""A whole step of on-policy distillation (rollout, teacher, loss, update) against TRL's DistillationTrainer.
+
+Both start from the same student, read the same prompts in the same order, and run under ZeRO-3 in one process group: after each
+step of TRL, katds makes the step with the same number, in every variant. Shapes are those of `katds.bench.workloads`, and "demo": the
+models of launch/prepare_demo.py after some steps of training, where the stop rule KAT has work to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from katds.bench.contest import Contest, Step, race, say, train_first
+from katds.bench.ranks import on_ranks
+from katds.bench.report import Result
+from katds.bench.timing import ratio
+from katds.bench.workloads import WORKLOADS, Task, Workload
+from katds.errors import ConfigError
+
+HELP = "whole training steps against TRL's DistillationTrainer"
+SMOKE = ["--shapes", "smoke", "--steps", "1", "--gather", "phase"]
+
+REPOSITORY = Path(__file__).parents[2]
+ZERO3 = REPOSITORY / "ds_configs" / "zero3_fp32.json"
+DEMO_RECIPE = REPOSITORY / "launch" / "recipes" / "demo.yaml"
+NEVER = {"kind": "never"}
+DEMO_ROLLOUTS = 64
+WARMUP = 1  # steps of each that are not counted
+LR = 1e-6  # so small that the rollouts stay as long as they are
+NOTES = [
+    "ratio: seconds of TRL / seconds of katds for the step of the same number: median (lowest .. highest).",
+    "Equal on both sides: student, teacher, prompts of a step, rollouts, longest response, temperature 1 without top-p or top-k, "
+    f"fp32, learning rate {LR}, clipping at norm 1, AdamW. tok/s: response tokens written by all ranks per second of the whole step.",
+    "TRL computes the reverse KL over the whole vocabulary, divided by the response tokens of all ranks: that of katds with loss "
+    "full. Loss student_top_k is katds's default: the student's 64 best tokens and a tail bucket (16 in demo, as its recipe says).",
+    "TRL's way: a rank writes all its rollouts as one padded batch until the last has ended on any rank, and learns from them padded; "
+    "without CUDA its loss covers padding too. --trl-micro-batch splits its learning, not its writing.",
+    "never: no rollout is ended early, so that both write the same number of tokens, up to chance where lengths are random.",
+]
+NOTES_DEMO = [
+    "demo: katds trains the student of the demo for {steps} steps by the demo's recipe, uncounted; this student is where TRL and all "
+    "variants of katds start, and KAT's threshold goes on from there. KAT learns from fewer tokens of the same prompts: compare the "
+    "seconds, not the tokens per second."
+]
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    shapes = [*WORKLOADS, "demo"]
+    parser.add_argument(
+        "--shapes", nargs="+", choices=shapes, metavar="SHAPE", help=f"of {', '.join(shapes)} (default: all but smoke)"
+    )
+    parser.add_argument("--steps", type=_count, default=3, help="counted steps of each (default: %(default)s)")
+    parser.add_argument("--ranks", type=_count, default=2, help="default: %(default)s")
+    parser.add_argument(
+        "--chunk", type=_count, help="rollout.chunk_tokens of katds (default: 32, in demo what its recipe says)"
+    )
+    parser.add_argument("--micro-batch-tokens", type=_count, default=8192, help="of katds (default: %(default)s)")
+    parser.add_argument(
+        "--trl-micro-batch",
+        type=_count,
+        metavar="ROLLOUTS",
+        help="rollouts per forward of TRL (default: all of a rank)",
+    )
+    parser.add_argument(
+        "--gather", nargs="+", choices=("phase", "layer"), default=["phase", "layer"],
+        help="teacher.gather of katds (default: both; demo: phase)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--demo-models",
+        type=Path,
+        default=Path("runs/demo-models"),
+        help="folder of launch/prepare_demo.py (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--demo-steps", type=_count, default=20, help="steps before the contest of the demo (default: %(default)s)"
+    )
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def run(options: argparse.Namespace) -> Result:
+    if find_spec("trl") is None:
+        raise ConfigError("bench peers needs TRL, which is not installed. Run: pip install -e '.[bench]'")
+    shapes = options.shapes or [*(name for name in WORKLOADS if name != "smoke"), "demo"]
+    result = Result("peers", "how long does a training step take, here and with TRL?", [], notes=list(NOTES))
+    if "demo" in shapes and not (options.demo_models / "train.jsonl").exists():
+        command = f"python launch/prepare_demo.py --out {options.demo_models}"
+        remedy = f"--demo-models: {options.demo_models} holds no demo models. Run: {command}"
+        if options.shapes:
+            raise ConfigError(remedy)
+        shapes.remove("demo")
+        result.notes.append(f"Shape demo is left out: {remedy}.")
+    result.settings = {
+        key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items() if key != "out"
+    }
+    for shape in shapes:
+        with tempfile.TemporaryDirectory() as folder:
+            contest = _contest(shape, options, Path(folder))
+            say(f"{shape}: TRL and katds ({' | '.join(contest.recipes)}), {WARMUP} + {options.steps} steps of each")
+            steps = on_ranks(options.ranks, race, contest)[0]
+        _add(result, shape, contest.task.rollouts * options.ranks, steps)
+    if "demo" in shapes:
+        result.notes += [note.format(steps=options.demo_steps) for note in NOTES_DEMO]
+    return result
+
+
+def _add(result: Result, shape: str, rollouts: int, steps: dict[str, list[Step]]) -> None:
+    """The rows and samples of one contest. Of the mean lengths a rate is made only from sums: lengths differ from step to step."""
+    counted = {name: taken[WARMUP:] for name, taken in steps.items()}
+    theirs = counted.pop("trl")
+    for name, ours in counted.items():
+        row: dict[str, Any] = {"shape": shape, "katds": name}
+        for system, taken in (("TRL", theirs), ("katds", ours)):
+            seconds, length = sum(s.seconds for s in taken), sum(s.mean_tokens for s in taken)
+            row |= {
+                f"{system} s/step": seconds / len(taken),
+                f"{system} tok/s": rollouts * length / seconds,
+                f"{system} length": length / len(taken),
+            }
+        row["ratio"] = str(ratio([s.seconds for s in theirs], [s.seconds for s in ours]))
+        result.rows.append(row)
+    result.samples += [
+        {"shape": shape, "system": name, "step": step, "rollouts": rollouts, **s._asdict()}
+        for name, taken in steps.items()
+        for step, s in enumerate(taken)
+    ]
+
+
+def _contest(shape: str, options: argparse.Namespace, folder: Path) -> Contest:
+    return _demo(options, folder) if shape == "demo" else _random(WORKLOADS[shape], options, folder)
+
+
+def _random(workload: Workload, options: argparse.Namespace, folder: Path) -> Contest:
+    """Models of random weights."""
+    task = _task(options, folder, folder / "teacher", workload.rollouts, workload.new_tokens)
+    base = {
+        "data": {"max_prompt_tokens": workload.prompt_tokens, "chat_template": False, "answer_column": None},
+        "rollout": {"chunk_tokens": options.chunk or 32},
+    }
+    variants = [("full", gather) for gather in options.gather] + [("student_top_k", options.gather[0])]
+    recipes = [_recipe(base, task, options, NEVER, support, gather) for support, gather in variants]
+    return Contest(task, {recipe["run"]["name"]: recipe for recipe in recipes}, workload)
+
+
+def _demo(options: argparse.Namespace, folder: Path) -> Contest:
+    """Trains the demo's student for a while, and lets the contest begin from there."""
+    from katds.cli import read_recipe
+
+    models, base = options.demo_models, read_recipe(DEMO_RECIPE)
+    del base["evaluation"]
+    task = _task(options, folder, models / "teacher", DEMO_ROLLOUTS, base["rollout"]["max_new_tokens"])
+    training = base | {
+        "run": {"name": "training", "folder": str(folder)},
+        "student": {"path": str(models / "student"), "deepspeed": str(ZERO3)},
+        "teacher": base["teacher"] | {"path": str(models / "teacher"), "deepspeed": str(ZERO3)},
+        "data": base["data"] | {"train": str(models / "train.jsonl")},
+    }
+    say(f"demo: {options.demo_steps} steps of katds before the contest")
+    state = on_ranks(options.ranks, train_first, training, options.demo_steps, folder / "student")[0]
+    rows = [json.loads(line) for line in (models / "train.jsonl").read_text().splitlines()]
+    with (folder / "prompts.jsonl").open("w") as file:
+        for row in random.Random(0).choices(rows, k=DEMO_ROLLOUTS * options.ranks * (WARMUP + options.steps)):
+            # Messages, or TRL would leave out the chat template.
+            file.write(json.dumps(row | {"prompt": [{"role": "user", "content": row["prompt"]}]}) + "\n")
+    if options.chunk:
+        base["rollout"]["chunk_tokens"] = options.chunk
+    variants = [(NEVER, "full"), (NEVER, "student_top_k"), (base["stop"], "student_top_k")]
+    recipes = [_recipe(base, task, options, stop, support, "phase") for stop, support in variants]
+    names = [recipe["run"]["name"] for recipe in recipes]
+    return Contest(task, dict(zip(names, recipes, strict=True)), rules={names[-1]: state})
+
+
+def _task(options: argparse.Namespace, folder: Path, teacher: Path, rollouts: int, new_tokens: int) -> Task:
+    at_once = options.trl_micro_batch or rollouts
+    if rollouts % at_once:
+        raise ConfigError(f"--trl-micro-batch is {at_once}, which does not divide the {rollouts} rollouts of a rank.")
+    return Task(
+        folder / "student", teacher, folder / "prompts.jsonl", rollouts, at_once, new_tokens, WARMUP + options.steps, LR
+    )
+
+
+def _recipe(
+    base: dict[str, Any], task: Task, options: argparse.Namespace, stop: dict[str, Any], support: str, gather: str
+) -> dict[str, Any]:
+    """`base` with all that must be the same as in TRL."""
+    return base | {
+        "run": {"name": f"{stop['kind']}-{support}-{gather}", "folder": str(task.prompts.parent / "runs")},
+        "student": {"path": str(task.student), "deepspeed": str(ZERO3)},
+        "teacher": {"path": str(task.teacher), "deepspeed": str(ZERO3), "gather": gather},
+        "data": base["data"] | {"train": str(task.prompts), "shuffle": False},
+        "rollout": base["rollout"]
+        | {
+            "prompts_per_step": task.rollouts * options.ranks,
+            "max_new_tokens": task.new_tokens,
+            "slots": task.rollouts,
+            "top_p": 1.0,
+        },
+        "stop": stop,
+        "objective": {"kind": "reverse_kl", "support": support},
+        "train": {
+            "steps": task.steps,
+            "micro_batch_tokens": options.micro_batch_tokens,
+            "optimizer": {"lr": task.lr, "gradient_clip": 1.0},
+        },
+    }

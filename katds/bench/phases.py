@@ -1,0 +1,157 @@
+"""Where a training step spends its time, and how far each phase is from the time of its bare matrix products.
+
+The floors are timed on the same ranks right after the steps, all ranks at once. `sync` is what the rounds' control reductions cost
+when nobody is late; `idle` is the rest of the time in them: waiting for the slowest rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from katds.bench.floors import Products
+from katds.bench.ranks import on_ranks
+from katds.bench.report import Result
+from katds.bench.workloads import WORKLOADS, Workload, build
+
+if TYPE_CHECKING:
+    from katds.parallel.world import World
+    from katds.run import Run
+
+HELP = "where a step's time goes, phase by phase, against the bare matrix products"
+SMOKE = ["--shapes", "smoke", "--steps", "1"]
+ZERO3 = Path(__file__).parents[2] / "ds_configs"
+PHASES = {  # column -> clock
+    "prefill": "rollout/prefill", "decode": "rollout/decode", "teacher": "rollout/teacher", "judge": "rollout/judge",
+    "pack": "learn/pack", "update": "learn/optimizer",
+}  # fmt: skip
+NOTES = [
+    "seconds: median over steps, rank 0; share: of the step; floor: the bare matrix products of the same shapes.",
+    "learn: forward and backward (three products per weight and token; the loss makes the head's gradients in the forward).",
+    "decode's floor has one product of all live rows per weight and token step; attention, sampling and top-K come on top of it.",
+    "other: sums over ranks, console line, TensorBoard, gathering the students' weights for the rollout phase.",
+]
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    shapes = [name for name in WORKLOADS if name != "smoke"]
+    parser.add_argument("--shapes", nargs="+", choices=list(WORKLOADS), default=shapes, help="default: %(default)s")
+    parser.add_argument(
+        "--steps", type=int, default=4, help="counted steps, after one that is not (default: %(default)s)"
+    )
+    parser.add_argument("--ranks", type=int, default=2, help="default: %(default)s")
+    parser.add_argument("--chunk", type=int, default=32, help="rollout.chunk_tokens (default: %(default)s)")
+    parser.add_argument(
+        "--gather", choices=("phase", "layer"), default="phase", help="teacher.gather (default: %(default)s)"
+    )
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="default: %(default)s")
+
+
+def run(options: argparse.Namespace) -> Result:
+    settings = {k: v for k, v in vars(options).items() if k not in ("out", "sub")}
+    result = Result("phases", "where does a training step spend its time?", [], settings=settings, notes=list(NOTES))
+    for shape in options.shapes:
+        print(f"phases: {shape}", file=sys.stderr, flush=True)
+        measured = on_ranks(options.ranks, _measure, WORKLOADS[shape], settings)[0]
+        result.samples += [{"shape": shape, **step} for step in measured["steps"]]
+        result.rows += _rows(shape, measured)
+    return result
+
+
+def _rows(shape: str, measured: dict[str, Any]) -> list[dict[str, Any]]:
+    steps, floors = measured["steps"], measured["floors"]
+    median = {key: statistics.median(step[key] for step in steps) for key in steps[0]}
+    whole = median["step"]
+    rows = []
+    for name in (*PHASES, "learn", "sync", "idle", "other"):
+        floor = floors.get(name)
+        rows.append({
+            "shape": shape, "phase": name, "seconds": median[name], "share": f"{median[name] / whole:.0%}",
+            "floor": floor, "x floor": None if not floor else f"{median[name] / floor:.2f}",
+        })  # fmt: skip
+    return [*rows, {"shape": shape, "phase": "step", "seconds": whole, "share": "100%"}]
+
+
+def _measure(workload: Workload, settings: dict[str, Any]) -> dict[str, Any]:
+    """Collective: seconds per phase of each counted step, and the floors of the last one."""
+    from katds.config import Recipe
+    from katds.parallel.agree import on_main
+    from katds.parallel.world import start_world
+    from katds.run import open_run
+
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # standard output is for the table
+    world = start_world()
+    made = on_main(world.collective, tempfile.mkdtemp)
+    folder = Path(next(name for name in world.collective.gather(made) if name))
+    count = workload.rollouts * world.size
+    on_main(world.collective, lambda: build(workload, folder, count * (settings["steps"] + 1)))
+    run = open_run(Recipe.model_validate(_recipe(workload, folder, count, settings)))
+    steps = []
+    for step in range(settings["steps"] + 1):
+        world.collective.barrier()
+        start = time.perf_counter()
+        run.trainer.step(step)
+        world.collective.barrier()
+        steps.append(_phases(run, world, time.perf_counter() - start))
+    return {"steps": steps[1:], "floors": _floors(run, world, workload)}
+
+
+def _recipe(workload: Workload, folder: Path, rollouts: int, settings: dict[str, Any]) -> dict[str, Any]:
+    zero3 = str(ZERO3 / f"zero3_{settings['precision']}.json")
+    return {
+        "run": {"name": "phases", "folder": str(folder / "runs")},
+        "student": {"path": str(folder / "student"), "deepspeed": zero3},
+        "teacher": {"path": str(folder / "teacher"), "deepspeed": zero3, "gather": settings["gather"]},
+        "data": {"train": str(folder / "prompts.jsonl"), "chat_template": False, "answer_column": None, "shuffle": False},
+        "rollout": {
+            "prompts_per_step": rollouts, "max_new_tokens": workload.new_tokens, "slots": workload.rollouts,
+            "chunk_tokens": settings["chunk"], "top_p": 1.0,
+        },
+        "stop": {"kind": "never"},
+        "train": {"steps": settings["steps"] + 1, "micro_batch_tokens": 8192, "optimizer": {"lr": 1e-6}},
+    }  # fmt: skip
+
+
+def _phases(run: Run, world: World, whole: float) -> dict[str, float]:
+    """Seconds of a step's phases; what no clock has seen is `other`."""
+    import torch
+
+    last = run.monitor.last
+    seconds = {name: last.get(f"time/{clock}", 0.0) for name, clock in PHASES.items()}
+    seconds["learn"] = last["time/learn/forward"] + last["time/learn/backward"]
+    control = last.get("time/rollout/control", 0.0)
+    nothing, taken = torch.zeros(3, world.size, dtype=torch.int64), []
+    for _ in range(20):
+        start = time.perf_counter()
+        world.collective.sum(nothing)
+        taken.append(time.perf_counter() - start)
+    seconds["sync"] = min(control, run.trainer.engine.stats.rounds * statistics.median(taken))
+    seconds["idle"] = control - seconds["sync"]
+    seconds["other"] = whole - sum(seconds.values())
+    return seconds | {"step": whole}
+
+
+def _floors(run: Run, world: World, workload: Workload) -> dict[str, float]:
+    from transformers import AutoConfig
+
+    stats, last = run.trainer.engine.stats, run.monitor.last
+    dtype = next(run.student.engine.module.parameters()).dtype
+    student, teacher = (
+        Products.of(AutoConfig.from_pretrained(path), run.inputs.facts.tokenizer_size, dtype, world.device)
+        for path in (run.recipe.student.path, run.recipe.teacher.path)
+    )
+    learned = (last["train/tokens"] / world.size + workload.rollouts * workload.prompt_tokens) / last[
+        "train/micro_batches"
+    ]
+    world.collective.barrier()
+    forward = student.total({round(learned): last["train/micro_batches"]})  # micro-batches of a rank
+    return {
+        "decode": student.total(stats.decode_steps), "teacher": teacher.total(stats.teacher_tokens),
+        "learn": 3 * forward,
+    }  # fmt: skip

@@ -1,0 +1,110 @@
+"""The packing and threshold benchmarks: toy runs are sane, every contender trains every rollout once, stand-ins tell the truth."""
+
+from __future__ import annotations
+
+import argparse
+from types import ModuleType
+
+import pytest
+import torch
+from ranks import run_ranks
+
+from katds.bench import packing, threshold
+from katds.bench.lengths import LENGTHS
+from katds.bench.packing import Batches, Job, differencing, draw, measure
+from katds.bench.report import Result
+from katds.core.packing import DEFAULT_ATTENTION_WEIGHT, Plan, imbalance
+from katds.parallel.world import ProcessCollective
+
+
+def toy(bench: ModuleType, *more: str) -> Result:
+    parser = argparse.ArgumentParser()
+    bench.options(parser)
+    result = bench.run(parser.parse_args([*bench.SMOKE, *more]))
+    assert isinstance(result, Result)
+    return result
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+@pytest.mark.parametrize("world", [1, 3, 8])
+def test_every_contender_keeps_every_rollout_once(name: str, world: int) -> None:
+    job = draw(name, world, rollouts=11, budget=2.5, weight=0.0, seed=world)
+    for title, make in packing.contenders(weight=1e-3).items():
+        made = make(job)
+        assert len(made.of_ranks) == world, title
+        assert sorted(i for rank in made.of_ranks for batch in rank for i in batch) == list(range(11 * world)), title
+        # An even number of micro-batches that ignores the budget is what verl does.
+        assert measure(job, made)["largest"] <= 1 or title == "ranks balanced (as verl)", title
+
+
+def test_waiting_and_padding_by_hand() -> None:
+    job = Job([4, 2, 3, 1], [0, 0, 1, 1], world=2, longest=4, budget=8, weight=0.0)
+    packed = measure(job, Batches([[[0], [1]], [[2, 3]]]))  # rounds 4 | 4 and 2 | nothing
+    assert packed["padding"] == 0 and packed["moved"] == 0 and packed["rounds"] == 2
+    assert packed["wait"] == packed["x ideal"] - 1 == pytest.approx(6 / 5 - 1)
+    padded = measure(job, Batches([[[0, 1]], [[2, 3]]], padded=True))  # 8 and 6 tokens for 10
+    assert padded["padding"] == pytest.approx(4 / 14)
+    assert padded["wait"] == pytest.approx(8 / 7 - 1) and padded["x ideal"] == pytest.approx(8 / 5)
+    assert measure(job, Batches([[[2, 1]], [[0, 3]]]))["moved"] == pytest.approx(7 / 10)
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_the_plan_waits_little_on_64_ranks(name: str) -> None:
+    job = draw(name, 64, rollouts=32, budget=4.0, weight=DEFAULT_ATTENTION_WEIGHT, seed=7)
+    made = packing.contenders(job.weight)["katds"](job)
+    found = measure(job, made)
+    assert found["wait"] == pytest.approx(imbalance(Plan(list(made.of_ranks)), job.lengths))
+    assert packing.bound(job) <= found["x ideal"] <= 1.03
+
+
+def test_differencing_splits_evenly() -> None:
+    costs = [8.0, 7.0, 6.0, 5.0, 4.0]
+    # The textbook example: the method leaves 16 and 14, greedy 17 and 13.
+    assert sorted(sum(costs[i] for i in part) for part in differencing(costs, range(5), 2)) == [14, 16]
+    assert [len(part) for part in differencing(costs, range(4), 2, equal_counts=True)] == [2, 2]
+    assert differencing(costs, [], 3) == [[], [], []]
+
+
+def test_lengths_are_within_the_limit_and_repeat() -> None:
+    for lengths in LENGTHS.values():
+        drawn = lengths.draw(2000, seed=3)
+        assert drawn == lengths.draw(2000, seed=3) != lengths.draw(2000, seed=4)
+        assert min(drawn) >= 1 and lengths.longest * 0.9 < max(drawn) <= lengths.longest
+
+
+def test_packing_runs() -> None:
+    result = toy(packing, "--weight", "1e-3")
+    assert {row["plan"] for row in result.rows} == set(packing.contenders(1e-3))
+    assert all(row["x ideal"] >= row["bound"] >= 1 and 0 <= row["padding %"] < 100 for row in result.rows)
+    assert len(result.samples) == len(result.rows)  # one draw
+
+
+def test_threshold_runs() -> None:
+    (row,) = toy(threshold).rows
+    assert row["ranks"] == 8 and row["how"] == "modelled"
+    assert row["round us"] > 2 * 7 * 25  # hops of the ring at the assumed latency
+    assert row["round by doubling us"] < row["round us"]
+
+
+def whole_step(rank_collective: ProcessCollective | None = None) -> dict[str, int]:
+    collective = rank_collective or ProcessCollective(torch.device("cpu"))
+    return {part: len(seconds) for part, seconds in threshold.measure(collective, 3, 2).items()}
+
+
+def test_real_ranks_are_measured() -> None:
+    expected = {**dict.fromkeys(threshold.PARTS, 2), "stream": 2, "admit": 1}
+    assert run_ranks(2, whole_step) == [expected, expected]
+
+
+def sums(own: list[list[float]]) -> list[list[float]]:
+    collective = ProcessCollective(torch.device("cpu"))
+    table = torch.zeros(2, 6)
+    table[:, collective.rank :: 3] = torch.tensor(own)
+    return collective.sum(table).tolist()  # type: ignore[no-any-return]
+
+
+def test_the_stand_in_answers_as_equal_ranks_would() -> None:
+    own = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    table = torch.zeros(2, 6)
+    table[:, ::3] = own
+    assert run_ranks(3, sums, own.tolist()) == [threshold.StandIn(3).sum(table).tolist()] * 3

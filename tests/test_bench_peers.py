@@ -1,0 +1,154 @@
+"""The contest with TRL: both do the same work, neither leaves a trace in the other's turn, and lengths are as promised."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from messages import refused
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from katds.bench import peers
+from katds.bench.workloads import SPECIALS, WORKLOADS, Workload, build
+from katds.core.divergences import reverse_kl
+
+ROOT = Path(__file__).parent.parent
+
+
+def options(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    peers.options(parser)
+    return parser.parse_args(arguments)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["peers", "--help"]])
+def test_help_is_quick(arguments: list[str]) -> None:
+    code = """
+import runpy, sys
+try:
+    runpy.run_path("launch/bench.py", run_name="__main__")
+except SystemExit as end:
+    heavy = {"torch", "numpy", "transformers", "deepspeed", "trl"} & set(sys.modules)
+    sys.exit(end.code or (f"imported: {heavy}" if heavy else 0))
+"""
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "usage" in done.stdout
+
+
+def lengths(folder: Path, workload: Workload) -> tuple[list[int], list[int]]:
+    """Of one response to each prompt: those to short prompts, and those to long ones."""
+    tokenizer = AutoTokenizer.from_pretrained(folder / "student")
+    model = AutoModelForCausalLM.from_pretrained(folder / "student")
+    prompts = [json.loads(line)["prompt"] for line in (folder / "prompts.jsonl").read_text().splitlines()]
+    inputs = torch.tensor(tokenizer(prompts)["input_ids"])
+    torch.manual_seed(0)
+    written = model.generate(inputs, max_new_tokens=workload.new_tokens, top_k=0)[:, inputs.shape[1] :]
+    ends = written == tokenizer.eos_token_id
+    counts = torch.where(ends.any(1), ends.int().argmax(1) + 1, workload.new_tokens)
+    long = inputs[:, -1] >= len(SPECIALS) + (workload.vocabulary - len(SPECIALS)) // 2
+    return counts[~long].tolist(), counts[long].tolist()
+
+
+def test_lengths_are_as_promised(tmp_path: Path) -> None:
+    skewed = replace(WORKLOADS["smoke"], new_tokens=64, long_every=8, mean_short=8)
+    short, long = lengths(build(skewed, tmp_path / "skewed", prompts=512), skewed)
+    assert long == [64] * 64
+    assert (
+        abs(sum(short) / len(short) - 8) < 4 * 8 / len(short) ** 0.5
+    )  # of a geometric distribution, deviation is mean
+    fixed = WORKLOADS["smoke"]
+    assert lengths(build(fixed, tmp_path / "fixed", prompts=64), fixed) == ([fixed.new_tokens] * 64, [])
+
+
+@pytest.mark.parametrize("name", ["tiny", "skewed"])
+def test_ends_come_where_they_are_due(name: str, tmp_path: Path) -> None:
+    workload = WORKLOADS[name]
+    build(workload, tmp_path, prompts=1)
+    half = (workload.vocabulary - len(SPECIALS)) // 2
+    for role in ("student", "teacher"):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / role)
+        for first in (len(SPECIALS), len(SPECIALS) + half):
+            text = torch.randint(first, first + half, (8, 64))
+            with torch.no_grad():
+                shares = model(text).logits.double().softmax(-1)
+            ends = shares[..., 1].mean().item()
+            if workload.mean_short and first == len(SPECIALS):
+                assert ends == pytest.approx(1 / workload.mean_short, rel=0.01)
+            else:
+                assert ends < 1e-9
+            assert 1 - shares[..., first : first + half].sum(-1).min() - shares[..., 1].max() < 1e-9
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_every_block_of_prompts_has_one_long_rollout(seed: int, tmp_path: Path) -> None:
+    workload = replace(WORKLOADS["smoke"], long_every=4, mean_short=4)
+    build(workload, tmp_path, prompts=64, seed=seed)
+    half = (workload.vocabulary - len(SPECIALS)) // 2
+    rows = [json.loads(line)["prompt"].split() for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
+    long = [int(words[-1][1:]) >= half for words in rows]
+    assert [sum(long[i : i + 4]) for i in range(0, 64, 4)] == [1] * 16
+    assert len({i % 4 for i, is_long in enumerate(long) if is_long}) > 1, (
+        "a rank that takes every second prompt gets its share"
+    )
+
+
+def test_each_turn_has_its_own_linear(monkeypatch: pytest.MonkeyPatch) -> None:
+    from katds.bench.trl_peer import Turns
+
+    ours, seen = torch.nn.functional.linear, []
+
+    def between(step: int) -> None:
+        seen.append((step, torch.nn.functional.linear))
+        if step == 1:
+            raise RuntimeError
+
+    turns = Turns(lambda: None, between)
+    theirs = lambda *arguments: ours(*arguments)  # noqa: E731
+    monkeypatch.setattr(torch.nn.functional, "linear", theirs)
+    turns.on_step_begin()
+    turns.on_step_end()
+    assert torch.nn.functional.linear is theirs
+    with pytest.raises(RuntimeError):
+        turns.on_step_end()
+    assert torch.nn.functional.linear is theirs
+    assert seen == [(0, ours), (1, ours)]
+
+
+def test_trl_computes_the_loss_that_katds_calls_full() -> None:
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    generator = torch.Generator().manual_seed(0)
+    hidden, read, head, other = (
+        torch.randn(*shape, generator=generator) for shape in ((5, 8), (5, 6), (40, 8), (40, 6))
+    )
+    hidden.requires_grad_()
+    theirs, _ = ChunkedDivergenceFunction.apply(hidden, head, None, read, other, None, 1.0)
+    ours = reverse_kl((hidden @ head.T).log_softmax(-1), (read @ other.T).log_softmax(-1))
+    torch.testing.assert_close(theirs, ours)
+    slopes = [torch.autograd.grad(loss.sum(), hidden)[0] for loss in (theirs, ours)]
+    torch.testing.assert_close(*slopes)
+
+
+def test_missing_demo_is_named(tmp_path: Path) -> None:
+    refused(
+        lambda: peers.run(options("--shapes", "demo", "--demo-models", str(tmp_path))),
+        "--demo-models",
+        "launch/prepare_demo.py",
+    )
+
+
+@pytest.mark.slow
+def test_smoke() -> None:
+    result = peers.run(options(*peers.SMOKE))
+    assert [row["katds"] for row in result.rows] == ["never-full-phase", "never-student_top_k-phase"]
+    for row in result.rows:
+        assert row["TRL length"] == row["katds length"] == WORKLOADS["smoke"].new_tokens
+    assert len(result.samples) == 2 * 3
+    json.dumps(result.settings)
