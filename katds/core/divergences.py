@@ -1,6 +1,6 @@
 """Divergences between the student p and the teacher q, per token, from log-probabilities.
 
-Every function reduces the last axis, takes float32 or float64, returns nats in that type and can be differentiated,
+Every function reduces the last axis, takes float32 or float64, returns nats in that type and can be differentiated once,
 except `sampled_reverse_kl`. The student always comes first, whatever the direction of the divergence.
 
 A log-probability of -inf is a probability of zero: it adds nothing to a sum and its gradient is zero. Where the first
@@ -10,6 +10,7 @@ distribution of a KL has mass and the second has none, the KL is +inf, as it mus
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -19,18 +20,18 @@ def reverse_kl(p_logprobs: torch.Tensor, q_logprobs: torch.Tensor) -> torch.Tens
 
     Args:
         p_logprobs: [..., V] student log-probabilities.
-        q_logprobs: [..., V] teacher log-probabilities.
+        q_logprobs: [..., V] teacher log-probabilities, of the same shape.
 
     Returns:
         [...] nats. Rounding in float32 may leave about -1e-7 where p equals q.
 
-    Cost: three float tensors and one bool tensor of the input's size, kept for the backward pass.
+    Raises:
+        RuntimeError: a backward pass with create_graph=True; there is no second derivative.
+
+    Cost: two tensors of the input's size are kept for the backward pass.
     """
-    probabilities = p_logprobs.exp()
-    # Both logs may be -inf, or p may underflow against q = 0: 0 * (inf or nan) would poison the value and every
-    # gradient.
-    log_ratio = (p_logprobs - q_logprobs).masked_fill(probabilities == 0, 0.0)
-    return (probabilities * log_ratio).sum(-1)
+    divergence: torch.Tensor = _ReverseKl.apply(p_logprobs, q_logprobs)  # type: ignore[no-untyped-call]
+    return divergence
 
 
 def forward_kl(p_logprobs: torch.Tensor, q_logprobs: torch.Tensor) -> torch.Tensor:
@@ -61,7 +62,8 @@ def generalised_jsd(p_logprobs: torch.Tensor, q_logprobs: torch.Tensor, beta: fl
 
 def entropy(logprobs: torch.Tensor) -> torch.Tensor:
     """-sum_v p(v) log p(v): [..., V] -> [...] nats."""
-    return -(logprobs.exp() * _finite(logprobs)).sum(-1)
+    mean: torch.Tensor = torch.linalg.vecdot(logprobs.exp(), _finite(logprobs))
+    return -mean
 
 
 def tail_logprob(top_logprobs: torch.Tensor) -> torch.Tensor:
@@ -111,6 +113,30 @@ def sampled_reverse_kl(p_sampled: torch.Tensor, q_sampled: torch.Tensor) -> torc
     says nothing about the KL. The objective `policy_gradient` has the right gradient.
     """
     return (p_sampled - q_sampled).detach()
+
+
+class _ReverseKl(torch.autograd.Function):
+    """See `reverse_kl`. By hand it takes half the passes over [..., V] that autograd takes, and half its memory."""
+
+    @staticmethod
+    def forward(ctx: Any, p_logprobs: torch.Tensor, q_logprobs: torch.Tensor) -> torch.Tensor:
+        assert p_logprobs.shape == q_logprobs.shape, (p_logprobs.shape, q_logprobs.shape)
+        probabilities = p_logprobs.exp()
+        # Both logs may be -inf, or p may underflow against q = 0: 0 * (inf or nan) would poison the value and every
+        # gradient.
+        log_ratio = (p_logprobs - q_logprobs).masked_fill_(probabilities == 0, 0.0)
+        ctx.save_for_backward(probabilities, log_ratio)
+        return (probabilities * log_ratio).sum(-1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """d/dlog p = p (log(p/q) + 1), d/dlog q = -p."""
+        if torch.is_grad_enabled():
+            raise RuntimeError("the KL cannot be differentiated twice; call backward without create_graph=True")
+        probabilities, log_ratio = ctx.saved_tensors
+        grad = grad.unsqueeze(-1)
+        by_p = (log_ratio + 1.0).mul_(probabilities).mul_(grad) if ctx.needs_input_grad[0] else None
+        return by_p, (probabilities * -grad if ctx.needs_input_grad[1] else None)
 
 
 def _finite(logprobs: torch.Tensor) -> torch.Tensor:

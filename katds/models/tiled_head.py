@@ -1,30 +1,45 @@
-"""The output head and whatever follows it, in tiles of rows, so that no [tokens, vocabulary] tensor ever exists.
+"""The output head and whatever follows it, a few rows at a time, so that no [tokens, vocabulary] tensor ever exists.
 
 `tiled_loss` is for the learner, `score_head` for the teacher. Both hand a closure the log-probabilities of one tile.
+
+A matrix product reads the weight, and its gradient, once, however few rows it has; all else takes a dozen passes over
+its rows. So products work on slabs of some hundred rows, and what lies between them on tiles of a slab, which fit the cache.
 
 Invariants:
     The head's weight is used in one call and not needed in the backward pass: under ZeRO-3 one gather for any number
     of tiles, which may differ between ranks.
-    Results do not depend on the tile height beyond rounding.
+    Results do not depend on the height of tiles and slabs beyond rounding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch.nn.functional import linear
 
 Key = TypeVar("Key")
-LossTile = Callable[[torch.Tensor, slice], Mapping[str, torch.Tensor]]
+LossTile = Callable[..., Mapping[str, torch.Tensor]]
 ScoreTile = Callable[[torch.Tensor, slice], Mapping[Key, torch.Tensor]]
+Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # hidden [T, H], weight [V, H], bias [V]
 
-# Elements [rows x vocabulary] of a tile. A tile must be high enough that its products outweigh reading the weight and
-# the weight's gradient once per tile, and small enough for the cache. CPU: the fastest of 2^18..2^26, measured on
-# vocabularies of 32768 and 151936. CUDA: some 440 rows of 151936, by arithmetic (operations per byte), not yet measured.
-CPU_TILE_ELEMENTS = 2**22
+# Elements [rows x vocabulary] of a tile and rows of a slab. CPU, measured on vocabularies of 2048 to 151936 with hidden
+# sizes of 128 to 1024 (`launch/bench.py loss`): 2^18 to 2^21 are equal within 3%, 2^22 loses 10% to page faults; 256
+# rows reach 95% of the products' rate in float32 and bfloat16, 64 rows 80%; small vocabularies take more. CUDA: some 440 rows of 151936, by
+# arithmetic (operations per byte), not yet measured.
+CPU_TILE_ELEMENTS = 2**19
+CPU_SLAB_ROWS, CPU_SLAB_TILES = 256, 8  # whichever is more
 CUDA_TILE_ELEMENTS = 2**26
+# Of a low-precision product on its way to the float32 gradient: small enough to stay in the cache.
+PRODUCT_ELEMENTS = 2**19
+
+
+class _Heights(NamedTuple):
+    """Rows of a tile, and of a slab, which holds at least one tile."""
+
+    tile: int
+    slab: int
 
 
 def tiled_loss(
@@ -34,6 +49,7 @@ def tiled_loss(
     temperature: float,
     tile_fn: LossTile,
     tile_elements: int | None = None,
+    teacher: Rows | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The sum over tiles of a loss on log_softmax((hidden weight^T + bias) / temperature).
 
@@ -49,7 +65,10 @@ def tiled_loss(
             {"loss": scalar that depends on them, ...further scalars}. Called under enable_grad where gradients are
             needed, at least once (with no rows if T = 0). Gradients reach hidden, weight and bias only: other
             tensors in the closure get none. It must not keep the tile, whose memory is used again.
-        tile_elements: rows times V of a tile; default by device.
+        tile_elements: rows times V of a tile, which is then the slab too; default by device.
+        teacher: hidden [T, H'], weight [V, H'] and bias of a second head: tile_fn gets its log-probabilities [t, V] at
+            the same rows and temperature, without gradients, as a third argument. A closure that multiplied by that
+            weight itself would read it once per tile.
 
     Returns:
         loss: scalar; divide it after summing over ranks, or scale it, as you like.
@@ -59,16 +78,23 @@ def tiled_loss(
         ValueError: shapes, types or temperature that do not fit.
         RuntimeError: a backward pass with create_graph=True; there is no second derivative.
 
-    Memory beyond the inputs: a few tiles, and the gradients: [V, H] float32 from here to the backward pass, [T, H].
-    Time: that of the plain computation.
+    Memory beyond the inputs: a slab per head in its type, a few tiles, and the gradients: [V, H] float32 from here to
+    the backward pass, [T, H]. Time: that of the plain computation.
     """
     _check(hidden, weight, bias, temperature)
+    if teacher is not None:
+        _check(*teacher, temperature)
+        if (len(teacher[0]), len(teacher[1])) != (len(hidden), len(weight)):
+            raise ValueError(
+                f"the teacher has {len(teacher[0])} rows and {len(teacher[1])} words, the student {len(hidden)} rows and "
+                f"{len(weight)} words; they must agree"
+            )
     # needs_input_grad inside a Function is true even under no_grad.
     wanted = tuple(
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)
     )
-    height = tile_elements or _default_elements(hidden.device)
-    loss, metrics = _TiledLoss.apply(hidden, weight, bias, temperature, tile_fn, height, wanted)
+    heights = _heights(hidden, weight, tile_elements)
+    loss, metrics = _TiledLoss.apply(hidden, weight, bias, temperature, tile_fn, heights, teacher, wanted)
     return loss, metrics
 
 
@@ -96,11 +122,16 @@ def score_head(
     """
     _check(hidden, weight, bias, temperature)
     results: dict[Key, torch.Tensor] = {}
-    for rows in _tiles(hidden.shape[0], weight.shape[0], tile_elements or _default_elements(hidden.device)):
-        for key, tile in tile_fn(head_logprobs(hidden[rows], weight, bias, temperature), rows).items():
-            if key not in results:
-                results[key] = tile.new_empty((hidden.shape[0], *tile.shape[1:]))
-            results[key][rows] = tile
+    heights = _heights(hidden, weight, tile_elements)
+    project = _Projector((hidden, weight, bias), heights.slab)
+    for slab in _slices(hidden.shape[0], heights.slab):
+        logits = project(slab)
+        for rows in _slices(logits.shape[0], heights.tile):
+            at = slice(slab.start + rows.start, slab.start + rows.stop)
+            for key, tile in tile_fn(_logprobs(logits[rows], temperature), at).items():
+                if key not in results:
+                    results[key] = tile.new_empty((hidden.shape[0], *tile.shape[1:]))
+                results[key][at] = tile
     return results
 
 
@@ -108,12 +139,31 @@ def head_logprobs(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, temperature: float
 ) -> torch.Tensor:
     """log_softmax of the head's logits / temperature, [t, V]: logits in the inputs' type, the rest float32 or 64."""
-    logits = linear(hidden, weight, bias)
-    dtype = _wide(logits.dtype)
-    if temperature != 1.0:
-        # Widened first: dividing bfloat16 logits would round them once more.
-        logits = logits.to(dtype) / temperature
-    return torch.log_softmax(logits, -1, dtype=dtype)
+    return _logprobs(linear(hidden, weight, bias), temperature)
+
+
+def _logprobs(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    # Widened first: dividing bfloat16 logits would round them once more, and log_softmax widens slowly.
+    logits = logits.to(_wide(logits.dtype))
+    return torch.log_softmax(logits / temperature if temperature != 1.0 else logits, -1)
+
+
+class _Projector:
+    """Logits of one slab after the other, [t, V] in the type of the inputs, always in the same memory.
+
+    Fresh memory for every slab would cost a page fault per 4 KiB, twice the time of the softmax.
+    """
+
+    def __init__(self, head: Rows, height: int) -> None:
+        self._hidden, weight, self._bias = head
+        self._weight = weight.t()
+        self._memory = weight.new_empty(min(height, self._hidden.shape[0]), weight.shape[0])
+
+    def __call__(self, slab: slice) -> torch.Tensor:
+        out = self._memory[: slab.stop - slab.start]
+        if self._bias is None:
+            return torch.mm(self._hidden[slab], self._weight, out=out)
+        return torch.addmm(self._bias, self._hidden[slab], self._weight, out=out)
 
 
 class _TiledLoss(torch.autograd.Function):
@@ -127,7 +177,8 @@ class _TiledLoss(torch.autograd.Function):
         bias: torch.Tensor | None,
         temperature: float,
         tile_fn: LossTile,
-        tile_elements: int,
+        heights: _Heights,
+        teacher: Rows | None,
         wanted: tuple[bool, bool, bool],
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         wide = _wide(hidden.dtype)
@@ -135,18 +186,22 @@ class _TiledLoss(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
         grad_bias = torch.zeros(weight.shape[0], dtype=wide, device=weight.device) if wanted[2] else None
         totals: dict[str, torch.Tensor] = {}
-        for rows in _tiles(hidden.shape[0], weight.shape[0], tile_elements):
-            logprobs = head_logprobs(hidden[rows], weight, bias, temperature)
-            grad_logits = _run_tile(tile_fn, logprobs, rows, totals, any(wanted))
-            if grad_logits is None:
-                continue
-            grad_logits = (grad_logits.div_(temperature) if temperature != 1.0 else grad_logits).to(hidden.dtype)
+        project = _Projector((hidden, weight, bias), heights.slab)
+        project_teacher = _Projector(teacher, heights.slab) if teacher is not None else None
+        for slab in _slices(hidden.shape[0], heights.slab):
+            logits = project(slab)
+            others = (project_teacher(slab),) if project_teacher is not None else ()
+            for rows in _slices(logits.shape[0], heights.tile):
+                at = slice(slab.start + rows.start, slab.start + rows.stop)
+                extra = tuple(_logprobs(other[rows], temperature) for other in others)
+                _run_tile(tile_fn, logits[rows], at, extra, temperature, totals, any(wanted))
+            # From here on `logits` holds the gradient.
             if grad_hidden is not None:
-                torch.mm(grad_logits, weight, out=grad_hidden[rows])
+                torch.mm(logits, weight, out=grad_hidden[slab])
             if grad_weight is not None:
-                _add_product(grad_weight, grad_logits, hidden[rows], tile_elements)
+                _add_product(grad_weight, logits, hidden[slab])
             if grad_bias is not None:
-                grad_bias += grad_logits.sum(0, dtype=wide)
+                grad_bias += logits.sum(0, dtype=wide)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.dtype = hidden.dtype
         return totals.pop("loss"), totals
@@ -157,34 +212,47 @@ class _TiledLoss(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError("the tiled loss cannot be differentiated twice; call backward without create_graph=True")
         grads = tuple(_scaled(grad, grad_loss, ctx.dtype) for grad in ctx.saved_tensors)
-        return *grads, None, None, None, None
+        return *grads, None, None, None, None, None
 
 
 def _run_tile(
-    tile_fn: LossTile, logprobs: torch.Tensor, rows: slice, totals: dict[str, torch.Tensor], differentiate: bool
-) -> torch.Tensor | None:
-    """Adds the tile's sums to `totals`; returns dloss/d(logits/temperature) [t, V] in the memory of `logprobs`."""
+    tile_fn: LossTile,
+    logits: torch.Tensor,
+    at: slice,
+    extra: tuple[torch.Tensor, ...],
+    temperature: float,
+    totals: dict[str, torch.Tensor],
+    differentiate: bool,
+) -> None:
+    """Adds the tile's sums to `totals`; where gradients are needed, dloss/dlogits [t, V] takes the place of `logits`."""
+    logprobs = _logprobs(logits, temperature)
     leaf = logprobs.detach().requires_grad_(differentiate)
     with torch.set_grad_enabled(differentiate):
-        sums = tile_fn(leaf, rows)
+        sums = tile_fn(leaf, at, *extra)
         if "loss" not in sums:
             raise KeyError(f"the tile's sums lack 'loss'; they hold {sorted(sums)}")
         grad = torch.autograd.grad(sums["loss"], leaf)[0] if differentiate else None
     for key, value in sums.items():
         totals[key] = totals[key] + value.detach() if key in totals else value.detach().clone()
     if grad is None:
-        return None
+        return
     # Backward of log_softmax: g - p sum(g). `grad` may belong to the closure or be expanded, so it is not written to.
     total = grad.sum(-1, keepdim=True)
-    return torch.addcmul(grad, logprobs.exp_(), total, value=-1, out=logprobs)
+    result = logits if logits.dtype == logprobs.dtype else logprobs
+    torch.addcmul(grad, logprobs.exp_(), total, value=-1, out=result)
+    if temperature != 1.0:
+        result.div_(temperature)
+    if result is not logits:
+        logits.copy_(result)
 
 
-def _add_product(grad_weight: torch.Tensor, grad_logits: torch.Tensor, hidden: torch.Tensor, elements: int) -> None:
+def _add_product(grad_weight: torch.Tensor, grad_logits: torch.Tensor, hidden: torch.Tensor) -> None:
     """grad_weight [V, H] += grad_logits [t, V]^T hidden [t, H], with a low-precision product accumulated in float32."""
     if grad_weight.dtype == hidden.dtype:
         grad_weight.addmm_(grad_logits.t(), hidden)
         return
     # In blocks of the vocabulary: the product of a low precision needs memory of its own.
+    elements = PRODUCT_ELEMENTS if hidden.device.type == "cpu" else CUDA_TILE_ELEMENTS
     block = max(1, elements // max(1, hidden.shape[1]))
     for start in range(0, grad_weight.shape[0], block):
         grad_weight[start : start + block] += grad_logits[:, start : start + block].t() @ hidden
@@ -197,19 +265,20 @@ def _scaled(grad: torch.Tensor | None, factor: torch.Tensor, dtype: torch.dtype)
     return torch.mul(grad, factor, out=torch.empty_like(grad, dtype=dtype))
 
 
-def _tiles(tokens: int, vocabulary: int, elements: int) -> Iterator[slice]:
+def _slices(rows: int, height: int) -> Iterator[slice]:
     """Slices that cover the rows in order; one empty slice for no rows, so that keys and shapes are still known."""
-    height = max(1, elements // max(1, vocabulary))
-    for start in range(0, max(1, tokens), height):
-        yield slice(start, min(tokens, start + height))
+    for start in range(0, max(1, rows), height):
+        yield slice(start, min(rows, start + height))
+
+
+def _heights(hidden: torch.Tensor, weight: torch.Tensor, tile_elements: int | None) -> _Heights:
+    on_gpu = hidden.device.type == "cuda"
+    tile = max(1, (tile_elements or (CUDA_TILE_ELEMENTS if on_gpu else CPU_TILE_ELEMENTS)) // max(1, weight.shape[0]))
+    return _Heights(tile, tile if tile_elements or on_gpu else max(CPU_SLAB_TILES * tile, CPU_SLAB_ROWS))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
-
-
-def _default_elements(device: torch.device) -> int:
-    return CUDA_TILE_ELEMENTS if device.type == "cuda" else CPU_TILE_ELEMENTS
 
 
 def _check(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, temperature: float) -> None:

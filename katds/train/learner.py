@@ -7,7 +7,7 @@ the number of ranks, the micro-batches and the order of packing. The teacher is 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ from katds.core.packing import DEFAULT_ATTENTION_WEIGHT
 from katds.core.types import Field, Need, RolloutBatch, RolloutRequest
 from katds.errors import TrainingError
 from katds.models.attention import PackedPlan, upload
-from katds.models.tiled_head import head_logprobs, tiled_loss
+from katds.models.tiled_head import tiled_loss
 from katds.rollout.engine import PhaseClock
 from katds.train.share import Share, deal, survey
 
@@ -117,25 +117,21 @@ class Learner:
         actions = share.actions[picked]
         signal = {key: value[picked] for key, value in share.signal.items()}
 
-        def tile(logprobs: torch.Tensor, at: slice) -> dict[str, torch.Tensor]:
+        teacher = None if head is None else (signal.pop(Field.HIDDEN), *head)
+
+        def tile(logprobs: torch.Tensor, at: slice, *others: torch.Tensor) -> dict[str, torch.Tensor]:
             part: dict[Field, torch.Tensor] = {key: value[at] for key, value in signal.items()}
-            return self._objective.tile(logprobs, actions[at], self._with_teacher(part, head))
+            if others:
+                (part[Field.TEACHER_LOGPROBS],) = others
+            return self._objective.tile(logprobs, actions[at], part)
 
         def objective(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
-            return tiled_loss(hidden, weight, bias, self._temperature, tile)
+            return tiled_loss(hidden, weight, bias, self._temperature, tile, teacher=teacher)
 
         loss, sums = self._student.forward(
             input_ids=inputs, position_ids=positions, plan=plan, rows=rows, head=objective
         )
         return loss, {"loss": loss.detach(), **sums}
-
-    def _with_teacher(self, signal: dict[Field, torch.Tensor], head: Head | None) -> Mapping[Field, torch.Tensor]:
-        if head is None:
-            return signal
-        weight, bias = head
-        with torch.no_grad():
-            signal[Field.TEACHER_LOGPROBS] = head_logprobs(signal.pop(Field.HIDDEN), weight, bias, self._temperature)
-        return signal
 
     def _pack(
         self, share: Share, members: list[int]

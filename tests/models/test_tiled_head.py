@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import embedding, linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from katds.models import tiled_head
 from katds.models.tiled_head import head_logprobs, score_head, tiled_loss
 
 torch.set_num_threads(1)
@@ -61,6 +62,54 @@ def test_equals_plain_autograd(height: int, temperature: float, biased: bool, fa
         torch.autograd.grad(factor * loss, leaves), torch.autograd.grad(factor * expected, leaves), strict=True
     ):
         torch.testing.assert_close(ours, theirs, **FP64)
+
+
+@pytest.fixture
+def tiles_of_two_in_slabs_of_five(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiled_head, "CPU_TILE_ELEMENTS", 2 * V)
+    monkeypatch.setattr(tiled_head, "CPU_SLAB_TILES", 1)
+    monkeypatch.setattr(tiled_head, "CPU_SLAB_ROWS", 5)
+
+
+@pytest.mark.usefixtures("tiles_of_two_in_slabs_of_five")
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_tiles_within_slabs_equal_plain_autograd(temperature: float) -> None:
+    """Slabs of 5, 5 and 1 rows whose last tile is short: neither rows nor memory that is used again get mixed up."""
+    leaves = inputs()
+    seen: list[slice] = []
+
+    def tile_fn(logprobs: torch.Tensor, rows: slice) -> dict[str, torch.Tensor]:
+        seen.append(rows)
+        return curved_loss(T)(logprobs, rows)
+
+    loss, _ = tiled_loss(*leaves, temperature, tile_fn)
+    expected = plain(*leaves, temperature, curved_loss(T))
+    torch.testing.assert_close(loss, expected, **FP64)
+    for ours, theirs in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(ours, theirs, **FP64)
+    assert [(rows.start, rows.stop) for rows in seen] == [(0, 2), (2, 4), (4, 5), (5, 7), (7, 9), (9, 10), (10, 11)]
+    scores = score_head(*leaves, temperature, lambda p, rows: {"all": p})["all"]
+    torch.testing.assert_close(scores, head_logprobs(*leaves, temperature).detach(), **FP64)
+
+
+@pytest.mark.usefixtures("tiles_of_two_in_slabs_of_five")
+@pytest.mark.parametrize("rows", [0, T])
+def test_the_teacher_s_head_is_read_at_the_same_rows(rows: int) -> None:
+    leaves, (hidden, weight, bias) = inputs(rows=rows), inputs(rows=rows, hidden=H + 1)
+    teacher = (hidden, weight, bias)
+    whole = head_logprobs(*teacher, 0.7).detach()
+
+    def tile_fn(logprobs: torch.Tensor, at: slice, others: torch.Tensor) -> dict[str, torch.Tensor]:
+        assert not others.requires_grad
+        torch.testing.assert_close(others, whole[at], **FP64)
+        return {"loss": (others.exp() * logprobs).sum()}
+
+    loss, _ = tiled_loss(*leaves, 0.7, tile_fn, teacher=teacher)
+    expected = plain(*leaves, 0.7, lambda p, at: {"loss": (whole.exp() * p).sum()})
+    for ours, theirs in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(ours, theirs, **FP64)
+    with pytest.raises(ValueError, match="they must agree"):
+        tiled_loss(*leaves, 0.7, tile_fn, teacher=(hidden, weight[1:], None))
 
 
 def test_gradcheck() -> None:
