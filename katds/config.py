@@ -32,10 +32,10 @@ class ModelConfig(Section):
 class TeacherConfig(ModelConfig):
     """The model that is distilled."""
 
-    gather: Literal["layer", "phase"] = Field(
+    gather: Literal["layer", "phase", "once"] = Field(
         "layer",
-        description="gather each layer in every forward, or all weights once per rollout phase: a teacher that fits on "
-        "one device then costs no communication while it scores",
+        description="gather each layer in every forward; or all weights once per rollout phase: a teacher that fits on "
+        "one device then costs no communication while it scores; or once and for all: the memory is never given back",
     )
 
 

@@ -140,7 +140,7 @@ def _load_models(
     recipe: Recipe, inputs: Inputs, collective: Collective, load_universal: bool
 ) -> tuple[ZeroStudent, ZeroFrozen]:
     vocabulary, optimizer = inputs.facts.tokenizer_size, recipe.train.optimizer
-    checkpointing, whole = recipe.train.activation_checkpointing, recipe.teacher.gather == "phase"
+    checkpointing, gather = recipe.train.activation_checkpointing, recipe.teacher.gather
     student_path, teacher_path = recipe.student.path, recipe.teacher.path
     keep_copy = recipe.rollout.weights == "copy"
     student = together(
@@ -152,7 +152,7 @@ def _load_models(
     )
     teacher = together(
         collective,
-        lambda: load_frozen(teacher_path, inputs.teacher_json, vocabulary, whole),
+        lambda: load_frozen(teacher_path, inputs.teacher_json, vocabulary, gather),
         _unloadable("teacher", teacher_path, recipe.teacher.deepspeed),
     )
     return student, teacher

@@ -23,7 +23,7 @@ from katds.bench.workloads import WORKLOADS, Task, Workload
 from katds.errors import ConfigError
 
 HELP = "whole training steps against TRL's DistillationTrainer"
-SMOKE = ["--shapes", "smoke", "--steps", "1", "--gather", "phase"]
+SMOKE = ["--shapes", "smoke", "--steps", "1", "--gather", "once"]
 
 REPOSITORY = Path(__file__).parents[2]
 ZERO3 = REPOSITORY / "ds_configs" / "zero3_fp32.json"
@@ -67,8 +67,8 @@ def options(parser: argparse.ArgumentParser) -> None:
         help="rollouts per forward of TRL (default: all of a rank)",
     )
     parser.add_argument(
-        "--gather", nargs="+", choices=("phase", "layer"), default=["phase", "layer"],
-        help="teacher.gather of katds (default: both; demo: phase)",
+        "--gather", nargs="+", choices=("once", "phase", "layer"), default=["once", "layer"],
+        help="teacher.gather of katds (default: once layer; demo: once)",
     )  # fmt: skip
     parser.add_argument(
         "--demo-models",
@@ -174,7 +174,7 @@ def _demo(options: argparse.Namespace, folder: Path) -> Contest:
     if options.chunk:
         base["rollout"]["chunk_tokens"] = options.chunk
     variants = [(NEVER, "full"), (NEVER, "student_top_k"), (base["stop"], "student_top_k")]
-    recipes = [_recipe(base, task, options, stop, support, "phase") for stop, support in variants]
+    recipes = [_recipe(base, task, options, stop, support, "once") for stop, support in variants]
     names = [recipe["run"]["name"] for recipe in recipes]
     return Contest(task, dict(zip(names, recipes, strict=True)), rules={names[-1]: state})
 

@@ -48,7 +48,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--chunk", type=int, default=32, help="rollout.chunk_tokens (default: %(default)s)")
     parser.add_argument(
-        "--gather", choices=("phase", "layer"), default="phase", help="teacher.gather (default: %(default)s)"
+        "--gather", choices=("once", "phase", "layer"), default="once", help="teacher.gather (default: %(default)s)"
     )
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="default: %(default)s")
 

@@ -88,22 +88,24 @@ class ZeroFrozen:
     """A model under ZeRO-3 that only reads: the teacher, or a student to be evaluated. Calling it is a collective.
 
     Args:
-        whole: lend out all weights for a whole rollout phase (one gather, then no collective) instead of gathering each
-            layer in every forward.
+        gather: what scoring reads: "layer" gathers each layer in every forward, "phase" all weights once per rollout phase,
+            "once" all of them for good; see `teacher.gather` of the recipe.
     """
 
-    def __init__(self, engine: Any, vocabulary: int, whole: bool) -> None:
+    def __init__(self, engine: Any, vocabulary: int, gather: str) -> None:
         self.engine = engine
-        self._whole = whole
-        self._view = StudentView(engine.module, _skeleton(engine.module.model, vocabulary))
+        self._gather = gather
+        skeleton = _skeleton(engine.module.model, vocabulary)
+        self._view = StudentView(engine.module, skeleton)
+        self._copy = StudentCopy(engine.module, skeleton) if gather == "once" else None
 
     def decoding(self) -> AbstractContextManager[FlatCausalLM]:
         """Collective: the whole model, hook-free, for a rollout phase."""
-        return self._view.open()
+        return self._view.open() if self._copy is None else self._copy.open(version=0)
 
     def reading(self) -> AbstractContextManager[Any]:
         """Collective: the forward that a rollout phase scores with."""
-        return self.decoding() if self._whole else nullcontext(self)
+        return nullcontext(self) if self._gather == "layer" else self.decoding()
 
     def __call__(
         self,
@@ -151,13 +153,13 @@ def load_student(
     return ZeroStudent(engine, skeleton, path, keep_copy)
 
 
-def load_frozen(path: Path, user_config: dict[str, Any], vocabulary: int, whole: bool = False) -> ZeroFrozen:
+def load_frozen(path: Path, user_config: dict[str, Any], vocabulary: int, gather: str = "layer") -> ZeroFrozen:
     """Collective: reads the folder at `path` under ZeRO-3, without optimizer and gradients."""
     config = teacher_config(user_config)
     model = FlatCausalLM(_read(path, config), vocabulary).requires_grad_(False)
     engine, *_ = deepspeed.initialize(model=model, config=config)
     engine.eval()
-    return ZeroFrozen(engine, vocabulary, whole)
+    return ZeroFrozen(engine, vocabulary, gather)
 
 
 def _read(path: Path, config: dict[str, Any]) -> nn.Module:

@@ -245,9 +245,10 @@ def test_evaluating_the_final_model_repeats_the_run_s_own_score(base: Path, tmp_
     assert {key: value for key, value in json.loads(file.read_text()).items() if key in after} == after
 
 
-def test_a_teacher_that_is_lent_whole_scores_the_same(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("gather", ["phase", "once"])
+def test_a_teacher_that_is_lent_whole_scores_the_same(base: Path, tmp_path: Path, gather: str) -> None:
     full, seen = full_run(base, 2)
-    recipe = build_recipe(tmp_path, "whole", teacher={"gather": "phase"})
+    recipe = build_recipe(tmp_path, "whole", teacher={"gather": gather})
     seen_again = json.loads(json.dumps(train(2, recipe)))
     for step in range(STEPS):
         assert rollouts_of(seen_again, step) == rollouts_of(seen, step)
