@@ -147,7 +147,7 @@ def test_missing_demo_is_named(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_smoke() -> None:
     result = peers.run(options(*peers.SMOKE))
-    assert [row["katds"] for row in result.rows] == ["never-full-phase", "never-student_top_k-phase"]
+    assert [row["katds"] for row in result.rows] == ["never-full-once", "never-student_top_k-once"]
     for row in result.rows:
         assert row["TRL length"] == row["katds length"] == WORKLOADS["smoke"].new_tokens
     assert len(result.samples) == 2 * 3
