@@ -8,8 +8,9 @@ keyword argument, says which tokens belong together:
 - `SlotPlan`: rollout. Tokens belong to slots of a `SlotCache`; each attends to its slot's keys up to its own position.
   Ragged prefill, one-token decode and the teacher's chunk are this one case.
 
-On CUDA both go to flash attention: torch's varlen kernel, or for training the flash-attn package where it is installed.
-Elsewhere `scaled_dot_product_attention` serves, sequence by sequence or slots side by side, without an N x N mask.
+On CUDA both go to flash attention: torch's varlen kernel, or for training the flash-attn package where it is installed. On the CPU
+float32 goes to C code where there is a compiler. Everything else is `scaled_dot_product_attention`, sequence by sequence or slots
+side by side, without an N x N mask.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from itertools import pairwise
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
+
+from katds.models.native import attention as native
 
 NAME = "katds"
 _UNSUPPORTED = ("s_aux", "softcap", "position_bias", "head_mask")  # attention sinks, capped scores and the like
@@ -42,6 +45,15 @@ class PackedPlan:
     bounds: list[int]  # 0, l0, l0 + l1, ...
     cu_seqlens: torch.Tensor  # int32, the same on the device
     longest: int
+    _runs: torch.Tensor | None = None
+
+    @property
+    def runs(self) -> torch.Tensor:
+        """For the C code."""
+        if self._runs is None:
+            bounds = torch.tensor(self.bounds)
+            self._runs = native.run_table(bounds[:-1], bounds.diff(), bounds[:-1], torch.zeros(len(bounds) - 1).long())
+        return self._runs
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> PackedPlan:
@@ -91,15 +103,24 @@ class SlotPlan:
     write_source: torch.Tensor | None  # int64 [M]; None: M = N and in order
     keys: int  # keys that anyone may see: the longest slot
     make_groups: Callable[[], list[SlotGroup]]
+    make_runs: Callable[[], torch.Tensor]
     varlen: VarlenSlots | None = None
     _groups: list[SlotGroup] | None = None
+    _runs: torch.Tensor | None = None
 
     @property
     def groups(self) -> list[SlotGroup]:
-        """For SDPA; made when asked for, which a varlen kernel never does."""
+        """For SDPA; made when asked for, which the other ways never do."""
         if self._groups is None:
             self._groups = self.make_groups()
         return self._groups
+
+    @property
+    def runs(self) -> torch.Tensor:
+        """For the C code."""
+        if self._runs is None:
+            self._runs = self.make_runs()
+        return self._runs
 
 
 @dataclass(slots=True)
@@ -148,15 +169,27 @@ def attend(
     q = query[0].transpose(0, 1)  # [N, Hq, D]
     unknown = [name for name in _UNSUPPORTED if others.get(name) is not None]
     assert not unknown, f"{type(module).__name__} asks for {unknown}, which katds attention does not compute"
-    flash = is_flash(q)
+    flash, in_c = is_flash(q), native.serves(q)
     if isinstance(plan, SlotPlan):
-        slots = _slots_varlen if flash else _slots_sdpa
+        slots = _slots_varlen if flash else _slots_native if in_c else _slots_sdpa
         out = slots(q, key, value, scaling, sliding_window, plan)
     else:
-        packed = _packed_varlen if flash else _packed_sdpa
+        packed = _packed_varlen if flash else _packed_native if in_c else _packed_sdpa
         k, v = key[0].transpose(0, 1), value[0].transpose(0, 1)
         out = packed(q, k, v, scaling, sliding_window, plan)
     return out.unsqueeze(0), None
+
+
+def _packed_native(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float, window: int | None, plan: PackedPlan
+) -> torch.Tensor:
+    return native.packed(q, k, v, scaling, window, plan.runs)
+
+
+def _slots_native(
+    q: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, window: int | None, plan: SlotPlan
+) -> torch.Tensor:
+    return native.slots(q, key, value, scaling, window, plan.runs)
 
 
 def _packed_sdpa(

@@ -15,6 +15,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from katds.models.attention import SlotGroup, SlotPlan, VarlenSlots, has_flash, is_flash, upload
+from katds.models.native.attention import run_table
 
 PAGE = 256  # key positions per page of the CUDA kernel; the cache length is a multiple of it there
 
@@ -83,7 +84,11 @@ def uniform_plan(cache: SlotCache, slots: torch.Tensor, positions: torch.Tensor,
     """One token in each of the slots 0 .. n-1: a decode step. `slots` is arange(n), `positions` int64 [n], `keys` the
     longest slot including this token."""
     count = positions.shape[0]
-    plan = SlotPlan(slots, positions, None, keys, lambda: [SlotGroup(0, count, slice(0, count), 1, positions[:, None])])
+    plan = SlotPlan(
+        slots, positions, None, keys,
+        lambda: [SlotGroup(0, count, slice(0, count), 1, positions[:, None])],
+        lambda: run_table(slots, torch.ones_like(slots), slots, positions),
+    )  # fmt: skip
     if has_flash(cache.device):
         ones = torch.arange(count + 1, dtype=torch.int32, device=positions.device)
         plan.varlen = _varlen(cache, 0, ones, positions + 1, [1] * count)
@@ -138,7 +143,10 @@ def ragged_plan(
         ]
 
     keys = max((s + c for s, c in zip(starts, counts, strict=True)), default=0)
-    plan = SlotPlan(slots_M, positions_M, source_M if copies else None, keys, groups)
+    plan = SlotPlan(
+        slots_M, positions_M, source_M if copies else None, keys, groups,
+        lambda: run_table(end_S - count_S, count_S, torch.arange(len(counts)) + first_slot, start_S),
+    )  # fmt: skip
     if has_flash(cache.device):
         plan.varlen = _varlen(cache, first_slot, bounds.int(), used, counts)
     return plan, positions

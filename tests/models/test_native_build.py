@@ -54,7 +54,7 @@ def test_one_compilation_serves_later_processes(monkeypatch: pytest.MonkeyPatch,
     first = build.library()
     assert isinstance(first, ctypes.CDLL) and build.library() is first
     (name,) = compiled(tmp_path)
-    assert name.startswith("katds/decode-") and "-DNOTHING=1" in log.read_text()
+    assert name.startswith("katds/native-") and "-DNOTHING=1" in log.read_text()
     build._library.cache_clear()
     assert build.library() is not first and log.read_text().count("decode.c") == 1
     monkeypatch.setattr(build, "FLAGS", [*build.FLAGS, "-g"])
@@ -99,7 +99,7 @@ def test_failures_are_one_reason_and_not_repeated(monkeypatch: pytest.MonkeyPatc
     text = f'echo "$@" >> {log}\necho "note: wait" >&2\necho "fatal error: no disk" >&2\nexit 1'
     named = script(tmp_path / "cc", text)
     monkeypatch.setenv("CC", f"{named} -O1")
-    assert reason() == reason() == f"{tmp_path / 'cc'} -O1 fails on decode.c: fatal error: no disk"
+    assert reason() == reason() == f"{tmp_path / 'cc'} -O1 fails: fatal error: no disk"
     assert log.read_text().count("decode.c") == len(build.TARGETS)
     assert compiled(tmp_path) == []
 
@@ -136,7 +136,7 @@ def test_no_compiler_at_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 def test_a_compiler_that_writes_no_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CC", script(tmp_path / "silent", "exit 0"))
-    assert reason() == f"{tmp_path / 'silent'} fails on decode.c: exit code 0"
+    assert reason() == f"{tmp_path / 'silent'} fails: exit code 0"
     text = 'while [ "$1" != -o ]; do shift || exit 0; done; echo x > "$2"'
     monkeypatch.setenv("CC", script(tmp_path / "liar", text))
     build._library.cache_clear()

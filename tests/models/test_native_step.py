@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from katds.models.causal import FlatCausalLM
-from katds.models.native.build import Unavailable, library
+from katds.models.native.build import Unavailable, functions, library
 from katds.models.native.step import NativeStep
 from katds.models.slot_cache import SlotCache, ragged_plan
 from katds.models.step import PlainStep, StepMaker
@@ -253,8 +253,12 @@ def test_what_it_does_not_understand_is_refused(reason: str) -> None:
 
 def test_without_pytorchs_blas_it_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setattr(torch, "__file__", str(tmp_path / "__init__.py"))
-    with pytest.raises(Unavailable, match="PyTorch's BLAS cannot be reached"):
-        NativeStep(VARIANTS["llama"](), SlotCache(2, 8, CPU))
+    functions.cache_clear()
+    try:
+        with pytest.raises(Unavailable, match="PyTorch's BLAS cannot be reached"):
+            NativeStep(VARIANTS["llama"](), SlotCache(2, 8, CPU))
+    finally:
+        functions.cache_clear()
 
 
 def test_another_formula_is_found_out_and_said_once() -> None:

@@ -70,6 +70,16 @@ class Texts:
     def texts(self) -> list[torch.Tensor]:
         return [torch.tensor(ids, device=self.device) for ids in self.ids if ids]
 
+    def play(self, plain: Any) -> None:
+        """Random operations, compared with whole forwards of a plain model."""
+        checked = 0
+        for operation in range(60):
+            self.random_operation()
+            if operation % 6 == 5 and self.texts():
+                torch.testing.assert_close(self.seen(), alone(plain, self.texts()), rtol=0, atol=1e-9)
+                checked += len(self.seen())
+        assert checked > 100
+
     def random_operation(self) -> None:
         """Prefill with copies, chunks beside prefill, single steps, moves: what the engine does, in any order."""
         live = next((slot for slot in range(SLOTS) if not self.ids[slot]), SLOTS)
@@ -106,13 +116,8 @@ class Texts:
 @pytest.mark.parametrize("seed", range(8))
 def test_any_schedule_equals_full_forwards(family: Any, seed: int) -> None:
     texts = Texts(FlatCausalLM(family("katds").double().eval(), VOCABULARY), seed)
-    plain, checked = family("exact").double().eval(), 0
-    for operation in range(60):
-        texts.random_operation()
-        if operation % 6 == 5 and texts.texts():
-            torch.testing.assert_close(texts.seen(), alone(plain, texts.texts()), rtol=0, atol=1e-9)
-            checked += len(texts.seen())
-    assert checked > 100 and texts.cache.length == LENGTH > 2 * WINDOW
+    texts.play(family("exact").double().eval())
+    assert texts.cache.length == LENGTH > 2 * WINDOW
 
 
 @torch.no_grad()

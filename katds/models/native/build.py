@@ -1,4 +1,4 @@
-"""Compiles decode.c with the machine's C compiler, once per source, compiler and processor."""
+"""Compiles the C code with the machine's C compiler, once per source, compiler and processor."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("decode.c")
+import torch
+
+SOURCES = [Path(__file__).with_name(name) for name in ("decode.c", "attention.c")]
+HEADER = Path(__file__).with_name("common.h")
 # Of -ffast-math all that lets sums be vectorised; the whole of it would switch off denormal numbers for the entire process,
 # and NaN. ISO C would forbid fused multiply-add.
 FLAGS = [
@@ -26,7 +30,7 @@ COMPILE_SECONDS = 60  # a compiler may wait for a licence or a file server
 
 
 class Unavailable(Exception):
-    """The native decode step cannot be used, and why, as half a sentence."""
+    """The C code cannot be used, and why, as half a sentence."""
 
 
 def library() -> ctypes.CDLL:
@@ -38,11 +42,26 @@ def library() -> ctypes.CDLL:
 
 
 @cache
+def functions() -> tuple[int, int]:
+    """Addresses of the matrix product in the BLAS that PyTorch brings along, and of its threads' GOMP_parallel or 0."""
+    if sys.byteorder != "little":  # see sgemm_fn of common.h
+        raise Unavailable("the machine is big-endian")
+    try:
+        torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        product = torch_cpu.sgemm_
+    except (OSError, AttributeError):
+        raise Unavailable("PyTorch's BLAS cannot be reached") from None
+    parallel = getattr(torch_cpu, "GOMP_parallel", None)
+    addresses = (ctypes.cast(f, ctypes.c_void_p).value or 0 if f else 0 for f in (product, parallel))
+    return next(addresses), next(addresses)
+
+
+@cache
 def _library() -> ctypes.CDLL | str:
     """The library, or why there is none."""
     try:
         compiler = _compiler()
-        cached = _folder() / f"decode-{_fingerprint(compiler)}.so"
+        cached = _folder() / f"native-{_fingerprint(compiler)}.so"
         with suppress(OSError):  # not there, or not loadable
             return ctypes.CDLL(str(cached))
         with tempfile.TemporaryDirectory() as folder:
@@ -80,18 +99,19 @@ def _fingerprint(compiler: list[str]) -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     processor = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
     version = _run([*compiler, "--version"]).stdout
-    parts = [SOURCE.read_text(), *compiler, *FLAGS, version, platform.machine(), processor]
+    sources = [path.read_text() for path in (*SOURCES, HEADER)]
+    parts = [*sources, *compiler, *FLAGS, version, platform.machine(), processor]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
 def _compile(compiler: list[str], path: Path) -> None:
     for target in TARGETS:
-        done = _run([*compiler, *FLAGS, *target, "-o", str(path), str(SOURCE), "-lm"])
+        done = _run([*compiler, *FLAGS, *target, "-o", str(path), *map(str, SOURCES), "-lm"])
         if done.returncode == 0 and path.exists():
             return
     lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
     error = next((line for line in lines if "error" in line.lower()), lines[0])
-    raise Unavailable(f"{shlex.join(compiler)} fails on {SOURCE.name}: {error.strip()}")
+    raise Unavailable(f"{shlex.join(compiler)} fails: {error.strip()}")
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:

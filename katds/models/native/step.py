@@ -7,15 +7,13 @@ times the arithmetic. Here a step is one call; the matrix products are those of 
 from __future__ import annotations
 
 import ctypes
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from katds.models.causal import FlatCausalLM
-from katds.models.native.build import Unavailable, library
+from katds.models.native.build import Unavailable, functions, library
 from katds.models.slot_cache import SlotCache
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -84,7 +82,7 @@ class NativeStep:
         self._layers = (_Layer * len(layers))(*layers)
         inner = base.layers[0].mlp.gate_proj.out_features
         self._model = _Model(
-            *_functions(), self._at(base.embed_tokens.weight), self._at(base.norm.weight), self._at(weight),
+            *functions(), self._at(base.embed_tokens.weight), self._at(base.norm.weight), self._at(weight),
             self._at(bias), self._at(cosine), self._at(sine), 0, len(layers), config.hidden_size, heads, kv_heads, dim,
             inner, base.embed_tokens.weight.shape[0], self._vocabulary, cache.length, torch.get_num_threads(),
             config.rms_norm_eps, first.scaling,
@@ -146,7 +144,6 @@ def _check(model: FlatCausalLM, cache: SlotCache) -> None:
     weight = model.head_parameters()[0]
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     for wrong, reason in (
-        (sys.byteorder != "little", "the machine is big-endian"),  # see sgemm_fn of decode.c
         (cache.device.type != "cpu", f"the device is {cache.device.type}"),
         (weight.dtype != torch.float32, f"the weights are {weight.dtype}"),
         (config.model_type not in FAMILIES, f"the model is a {config.model_type}"),
@@ -158,15 +155,3 @@ def _check(model: FlatCausalLM, cache: SlotCache) -> None:
     dim = model.model.base_model.layers[0].self_attn.head_dim
     if dim > MAX_DIM:
         raise Unavailable(f"its heads have {dim} dimensions, more than {MAX_DIM}")
-
-
-def _functions() -> tuple[int, int]:
-    """Addresses of the matrix product in the BLAS that PyTorch brings along, and of its threads' GOMP_parallel or 0."""
-    try:
-        torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-        product = torch_cpu.sgemm_
-    except (OSError, AttributeError):
-        raise Unavailable("PyTorch's BLAS cannot be reached") from None
-    parallel = getattr(torch_cpu, "GOMP_parallel", None)
-    addresses = (ctypes.cast(f, ctypes.c_void_p).value or 0 if f else 0 for f in (product, parallel))
-    return next(addresses), next(addresses)

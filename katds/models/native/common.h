@@ -1,0 +1,32 @@
+/* What decode.c and attention.c share. Matrix products and threads are PyTorch's own: its BLAS, its OpenMP. */
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+/* e^x between e^-87 and e^87, no denormals; a NaN stays one. Relative error 3e-7, without fused multiply-add
+ * 6e-8 |x|: as much as x itself is uncertain. Branch-free, so that loops over it become vector code anywhere. */
+static inline float exponential(float x) {
+    x = x < -87.0f ? -87.0f : x > 87.0f ? 87.0f : x;
+    const float n = rintf(x * 1.44269504f);
+    const float r = x - n * 0.69314718f;
+    float y = 1.9875691500e-4f;
+    y = y * r + 1.3981999507e-3f;
+    y = y * r + 8.3334519073e-3f;
+    y = y * r + 4.1665795894e-2f;
+    y = y * r + 1.6666665459e-1f;
+    y = y * r + 5.0000001201e-1f;
+    y = y * r * r + r + 1.0f;
+    union {
+        uint32_t bits;
+        float value;
+    } power = {((uint32_t)(int32_t)(n == n ? n : 0.0f) + 127u) << 23};
+    return y * power.value;
+}
+
+/* Pointers to 64-bit numbers serve a BLAS with 32-bit ones as well: little-endian, and no size reaches 2^31. */
+typedef void (*sgemm_fn)(const char *, const char *, const int64_t *, const int64_t *, const int64_t *, const float *,
+                         const float *, const int64_t *, const float *, const int64_t *, const float *, float *,
+                         const int64_t *);
+
+/* GOMP_parallel of the OpenMP library that PyTorch runs on: calls the function in so many threads, waits for them. */
+typedef void (*parallel_fn)(void (*)(void *), void *, unsigned, unsigned);
