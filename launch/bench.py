@@ -17,7 +17,7 @@ from types import ModuleType
 
 # Each is a module of katds.bench with HELP (one line), SMOKE (arguments of a toy run), options(parser) and run(options) -> Result.
 # Importing it must be cheap: whatever takes long is imported by run.
-SUBS = ("peers", "phases", "loss", "packing", "threshold", "gpu")
+SUBS = ("peers", "phases", "savings", "loss", "packing", "threshold", "gpu")
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from katds.bench.timing import alternate, ratio, spread
 
 ROOT = Path(__file__).parent.parent
 BENCH = ROOT / "launch" / "bench.py"
-SUBS = ("peers", "phases", "loss", "packing", "threshold", "gpu")
+SUBS = ("peers", "phases", "savings", "loss", "packing", "threshold", "gpu")
 
 
 def bench(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:

@@ -13,6 +13,7 @@ from katds.bench import packing, threshold
 from katds.bench.lengths import LENGTHS
 from katds.bench.packing import Batches, Job, differencing, draw, measure
 from katds.bench.report import Result
+from katds.bench.stand_in import StandIn
 from katds.core.packing import DEFAULT_ATTENTION_WEIGHT, Plan, imbalance
 from katds.parallel.world import ProcessCollective
 
@@ -82,8 +83,13 @@ def test_packing_runs() -> None:
 def test_threshold_runs() -> None:
     (row,) = toy(threshold).rows
     assert row["ranks"] == 8 and row["how"] == "modelled"
-    assert row["round us"] > 2 * 7 * 25  # hops of the ring at the assumed latency
-    assert row["round by doubling us"] < row["round us"]
+    assert row["round us"] > 3 * 25  # hops at the assumed latency
+
+
+def test_a_reduction_takes_as_many_hops_as_doubling_does() -> None:
+    network = threshold.Network(1.0, 8.0, "")
+    assert [network.seconds(0, ranks) for ranks in (1, 2, 3, 4, 6, 8, 1024)] == [0, 1, 3, 2, 4, 3, 10]
+    assert network.seconds(16, 4) == 2 * (1 + 2)
 
 
 def whole_step(rank_collective: ProcessCollective | None = None) -> dict[str, int]:
@@ -107,4 +113,4 @@ def test_the_stand_in_answers_as_equal_ranks_would() -> None:
     own = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     table = torch.zeros(2, 6)
     table[:, ::3] = own
-    assert run_ranks(3, sums, own.tolist()) == [threshold.StandIn(3).sum(table).tolist()] * 3
+    assert run_ranks(3, sums, own.tolist()) == [StandIn(3).sum(table).tolist()] * 3

@@ -43,7 +43,7 @@ class Contest:
 
 def race(contest: Contest) -> dict[str, list[Step]]:
     """Collective: TRL and katds in turns; the steps of "trl" and of each recipe."""
-    _silence()
+    silence()
     import torch
 
     from katds.bench.trl_peer import train
@@ -56,9 +56,7 @@ def race(contest: Contest) -> dict[str, list[Step]]:
         on_main(world.collective, lambda: build(workload, task.prompts.parent, count))
     # katds first: what TRL leaves behind in the process (DeepSpeed's linear, the global ZeRO-3 flag of transformers) is
     # then what it has alone.
-    runs = {name: _open(recipe) for name, recipe in contest.recipes.items()}
-    for name, state in contest.rules.items():
-        runs[name].trainer.rule.load_state_dict(state)
+    runs = open_runs(contest.recipes, contest.rules)
     steps: dict[str, list[Step]] = {name: [] for name in runs}
 
     def settle() -> None:
@@ -82,12 +80,20 @@ def race(contest: Contest) -> dict[str, list[Step]]:
 
 def train_first(recipe: dict[str, Any], steps: int, folder: Path) -> dict[str, Any]:
     """Collective: the first steps of a run; writes the student and returns the stop rule's state."""
-    _silence()
+    silence()
     run = _open(recipe)
     for step in range(steps):
         run.trainer.step(step)
     run.student.export(folder, run.inputs.tokenizer)
     return run.trainer.rule.state_dict()
+
+
+def open_runs(recipes: dict[str, dict[str, Any]], rules: dict[str, Any]) -> dict[str, Run]:
+    """Collective: a run of each recipe; `rules` has the states that some of their stop rules start from."""
+    runs = {name: _open(recipe) for name, recipe in recipes.items()}
+    for name, state in rules.items():
+        runs[name].trainer.rule.load_state_dict(state)
+    return runs
 
 
 def _open(recipe: dict[str, Any]) -> Run:
@@ -97,7 +103,7 @@ def _open(recipe: dict[str, Any]) -> Run:
     return open_run(Recipe.model_validate(recipe))
 
 
-def _silence() -> None:
+def silence() -> None:
     """Of a rank only errors are shown: standard output is for the table."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

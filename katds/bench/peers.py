@@ -8,14 +8,13 @@ models of launch/prepare_demo.py after some steps of training, where the stop ru
 from __future__ import annotations
 
 import argparse
-import json
-import random
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from katds.bench.contest import Contest, Step, race, say, train_first
+from katds.bench import demo
+from katds.bench.contest import Contest, Step, race, say
 from katds.bench.ranks import on_ranks
 from katds.bench.report import Result
 from katds.bench.timing import ratio
@@ -25,9 +24,6 @@ from katds.errors import ConfigError
 HELP = "whole training steps against TRL's DistillationTrainer"
 SMOKE = ["--shapes", "smoke", "--steps", "1", "--gather", "once"]
 
-REPOSITORY = Path(__file__).parents[2]
-ZERO3 = REPOSITORY / "ds_configs" / "zero3_fp32.json"
-DEMO_RECIPE = REPOSITORY / "launch" / "recipes" / "demo.yaml"
 NEVER = {"kind": "never"}
 DEMO_ROLLOUTS = 64
 WARMUP = 1  # steps of each that are not counted
@@ -73,7 +69,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--demo-models",
         type=Path,
-        default=Path("runs/demo-models"),
+        default=demo.MODELS,
         help="folder of launch/prepare_demo.py (default: %(default)s)",
     )
     parser.add_argument(
@@ -92,9 +88,7 @@ def run(options: argparse.Namespace) -> Result:
         raise ConfigError("bench peers needs TRL, which is not installed. Run: pip install -e '.[bench]'")
     shapes = options.shapes or [*(name for name in WORKLOADS if name != "smoke"), "demo"]
     result = Result("peers", "how long does a training step take, here and with TRL?", [], notes=list(NOTES))
-    if "demo" in shapes and not (options.demo_models / "train.jsonl").exists():
-        command = f"python launch/prepare_demo.py --out {options.demo_models}"
-        remedy = f"--demo-models: {options.demo_models} holds no demo models. Run: {command}"
+    if "demo" in shapes and (remedy := demo.missing(options.demo_models)):
         if options.shapes:
             raise ConfigError(remedy)
         shapes.remove("demo")
@@ -153,24 +147,11 @@ def _random(workload: Workload, options: argparse.Namespace, folder: Path) -> Co
 
 def _demo(options: argparse.Namespace, folder: Path) -> Contest:
     """Trains the demo's student for a while, and lets the contest begin from there."""
-    from katds.cli import read_recipe
-
-    models, base = options.demo_models, read_recipe(DEMO_RECIPE)
-    del base["evaluation"]
+    models, base = options.demo_models, demo.recipe()
     task = _task(options, folder, models / "teacher", DEMO_ROLLOUTS, base["rollout"]["max_new_tokens"])
-    training = base | {
-        "run": {"name": "training", "folder": str(folder)},
-        "student": {"path": str(models / "student"), "deepspeed": str(ZERO3)},
-        "teacher": base["teacher"] | {"path": str(models / "teacher"), "deepspeed": str(ZERO3)},
-        "data": base["data"] | {"train": str(models / "train.jsonl")},
-    }
     say(f"demo: {options.demo_steps} steps of katds before the contest")
-    state = on_ranks(options.ranks, train_first, training, options.demo_steps, folder / "student")[0]
-    rows = [json.loads(line) for line in (models / "train.jsonl").read_text().splitlines()]
-    with (folder / "prompts.jsonl").open("w") as file:
-        for row in random.Random(0).choices(rows, k=DEMO_ROLLOUTS * options.ranks * (WARMUP + options.steps)):
-            # Messages, or TRL would leave out the chat template.
-            file.write(json.dumps(row | {"prompt": [{"role": "user", "content": row["prompt"]}]}) + "\n")
+    state = demo.train_student(models, options.demo_steps, options.ranks, folder)
+    demo.write_prompts(models, DEMO_ROLLOUTS * options.ranks * (WARMUP + options.steps), task.prompts)
     if options.chunk:
         base["rollout"]["chunk_tokens"] = options.chunk
     variants = [(NEVER, "full"), (NEVER, "student_top_k"), (base["stop"], "student_top_k")]
@@ -194,8 +175,8 @@ def _recipe(
     """`base` with all that must be the same as in TRL."""
     return base | {
         "run": {"name": f"{stop['kind']}-{support}-{gather}", "folder": str(task.prompts.parent / "runs")},
-        "student": {"path": str(task.student), "deepspeed": str(ZERO3)},
-        "teacher": {"path": str(task.teacher), "deepspeed": str(ZERO3), "gather": gather},
+        "student": {"path": str(task.student), "deepspeed": str(demo.ZERO3)},
+        "teacher": {"path": str(task.teacher), "deepspeed": str(demo.ZERO3), "gather": gather},
         "data": base["data"] | {"train": str(task.prompts), "shuffle": False},
         "rollout": base["rollout"]
         | {

@@ -1,14 +1,13 @@
 """What a stop rule over many ranks costs: the engine's reduction in each round, and the reductions at the end of a step.
 
 Measured: the real functions on real ranks (gloo, this machine). Modelled: what a processor does with the data of more ranks is measured
-in one process, where a stand-in answers for the others; the network is latency x hops + bytes / bandwidth, both taken from two ranks.
-gloo reduces along a ring, so its hops grow with the ranks. Every rank is taken to contribute what this one does.
+in one process, where a stand-in answers for the others; the network is hops x (latency + bytes / bandwidth), both taken from two ranks,
+and log2(ranks) hops (`katds.parallel.reduce`). Every rank is taken to contribute what this one does.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +17,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from katds.bench.report import Result
 
 if TYPE_CHECKING:
-    import torch
 
     from katds.core.collective import Collective
     from katds.core.stop.kat import KatRule
@@ -46,6 +44,8 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> Result:
+    from katds.bench.stand_in import StandIn
+
     measured = {ranks: _on_ranks(ranks, options.rollouts, options.repetitions) for ranks in options.ranks}
     network = _network(measured, options)
     rows = [_row("measured", ranks, _medians(seconds), None, options) for ranks, seconds in measured.items()]
@@ -63,9 +63,8 @@ def run(options: argparse.Namespace) -> Result:
         },
         [
             "microseconds; medians; of several ranks the slowest. More ranks than cores wait for each other's turn",
-            f"modelled rows are no measurement: processor time + hops x {1e6 * network.latency:.0f} us + bytes / "
-            f"{network.bandwidth / 1e9:.2f} GB/s ({network.source}); 2 (ranks - 1) hops, as gloo's ring",
-            "round by doubling: the same model with log2(ranks) hops, for a reduction that is not a ring",
+            f"modelled rows are no measurement: processor time + log2(ranks) hops x ({1e6 * network.latency:.0f} us + bytes / "
+            f"{network.bandwidth / 1e9:.2f} GB/s) ({network.source})",
             "admit: the first round's deal of all rollouts to empty slots; no communication",
             f"shares: of a round of {options.round_seconds} s and of a step of {options.step_seconds} s, as the demo's; "
             "a round of a large model takes a second and more",
@@ -81,36 +80,10 @@ class Network:
     bandwidth: float
     source: str
 
-    def seconds(self, hops: float, payload: float, ranks: int) -> float:
-        """Of an all-reduce of `payload` bytes over `ranks`."""
-        return hops * self.latency + 2 * (ranks - 1) / ranks * payload / self.bandwidth
-
-
-class StandIn:
-    """`Collective` of the first of `size` ranks, all of which contribute what it does, each for its own columns.
-
-    Columns of a table [rows, rollouts or ranks] are dealt to ranks one by one. Counts are summed.
-    """
-
-    rank = 0
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
-        return values * self.size if values.ndim == 1 else values[:, :: self.size].repeat_interleave(self.size, 1)
-
-    def max(self, values: torch.Tensor) -> torch.Tensor:
-        return values
-
-    def gather(self, value: T) -> list[T]:
-        return [value] * self.size
-
-    def exchange(self, rows: torch.Tensor, send: Sequence[int], receive: Sequence[int]) -> torch.Tensor:
-        raise NotImplementedError("a stand-in has nobody to exchange rows with")
-
-    def barrier(self) -> None:
-        return None
+    def seconds(self, payload: float, ranks: int) -> float:
+        """Of a reduction of `payload` bytes over `ranks` by doubling; two hops more where they are no power of two."""
+        hops = ranks.bit_length() - 1 + (2 if ranks & (ranks - 1) else 0)
+        return hops * (self.latency + payload / self.bandwidth)
 
 
 def measure(
@@ -199,10 +172,12 @@ def _network(measured: dict[int, dict[str, list[float]]], options: argparse.Name
     The least of the repetitions counts: what other programs on the machine add is not the network's.
     """
     found = Network(25e-6, 1e9, "assumed")
+    from katds.bench.stand_in import StandIn
+
     if 2 in measured:
         alone = measure(StandIn(2), options.rollouts, 5)
-        hops, stream = (min(measured[2][part]) - min(alone[part]) for part in ("round", "stream"))
-        found = Network(hops / 2, STREAM_BYTES / (stream - hops), "both from two ranks here")
+        hop, stream = (min(measured[2][part]) - min(alone[part]) for part in ("round", "stream"))
+        found = Network(hop, STREAM_BYTES / (stream - hop), "both from two ranks here")
     return (
         found if options.latency_us is None else Network(options.latency_us * 1e-6, found.bandwidth, "latency as told")
     )
@@ -216,16 +191,14 @@ def _row(
     payload = {"round": 16 * ranks, "finish_step": 16 * rollouts, "step_sums": 0, "survey": 24 * rollouts}
     wire = dict.fromkeys(PARTS, 0.0)
     if network is not None:
-        wire = {part: network.seconds(2 * (ranks - 1), payload[part], ranks) for part in PARTS}
+        wire = {part: network.seconds(payload[part], ranks) for part in PARTS}
     total = {part: own[part] + wire[part] for part in PARTS}
     step = sum(total[part] for part in PARTS[1:])
     row: dict[str, Any] = {"ranks": ranks, "how": kind} | {f"{part} us": round(1e6 * total[part], 1) for part in PARTS}
     row |= {"% of round": 100 * total["round"] / options.round_seconds, "% of step": 100 * step / options.step_seconds}
     row |= {"KiB a step": sum(payload.values()) / 1024, "admit ms": 1e3 * own["admit"]}
     if network is not None:
-        doubling = own["round"] + network.seconds(math.log2(ranks), payload["round"], ranks)
         row |= {"processor us a step": round(1e6 * sum(own[part] for part in PARTS[1:]), 1)}
-        row |= {"round by doubling us": round(1e6 * doubling, 1)}
     return row
 
 
