@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from katds.bench import gpu, gpu_parts
+from katds.bench import gpu
+from katds.bench.gpu import loss, machine, step
+from katds.bench.ranks import on_ranks
 from katds.errors import ConfigError
 
 
@@ -37,17 +39,17 @@ def test_a_part_runs(part: str, tmp_path: Path) -> None:
 
 def test_a_step_runs() -> None:
     """As `step` does, in a process of its own: it joins a world."""
-    (row,) = gpu_parts.on_ranks(1, gpu_parts.whole_steps, "smoke", "copy", True, 1, "torch.float32")
+    (row,) = on_ranks(1, step.whole_steps, "smoke", "copy", True, 1, "torch.float32")
     assert row["ms"] > 0 and row["tokens/s"] > 0
 
 
 def test_a_failing_case_is_a_row_and_the_rest_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(bench: Any) -> Iterator[gpu_parts.Case]:
+    def broken(bench: Any) -> Iterator[machine.Case]:
         yield "first", lambda: 1 / 0  # type: ignore[dict-item, return-value]
         yield "second", lambda: {"ms": 1.0}
         raise RuntimeError("out of memory")
 
-    monkeypatch.setitem(gpu_parts.CASES, "loss", broken)
+    monkeypatch.setattr(loss, "cases", broken)
     with pytest.raises(RuntimeError, match=r"2 of 4 cases failed.*ZeroDivisionError"):
         gpu.run(options("--parts", "loss", "attention", out=tmp_path))
     rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
@@ -70,14 +72,14 @@ def test_without_a_gpu_only_toys() -> None:
 def test_shapes_are_those_of_qwen3() -> None:
     """Parameters as the model cards count them, embedding included."""
     for name, billions in (("0.6B", 0.6), ("1.7B", 1.72), ("8B", 8.19)):
-        config = gpu_parts.SHAPES[name].config()
+        config = machine.SHAPES[name].config()
         with torch.device("meta"):
-            model = gpu_parts.AutoModelForCausalLM.from_config(config)
+            model = machine.AutoModelForCausalLM.from_config(config)
         assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, rel=0.01)
 
 
 def test_data_sheets_by_device_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = gpu_parts.Bench(torch.device("cuda"), True, 8, 1, 8, 8)
+    bench = machine.Bench(torch.device("cuda"), True, 8, 1, 8, 8)
     for name, flops in (
         ("NVIDIA H200", 989e12),
         ("NVIDIA GB200", 2500e12),

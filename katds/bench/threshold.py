@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from katds.bench.report import Result
 
 if TYPE_CHECKING:
-
     from katds.core.collective import Collective
     from katds.core.stop.kat import KatRule
 

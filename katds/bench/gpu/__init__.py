@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from importlib import import_module
 from typing import Any
 
 from katds.bench.report import Result
@@ -16,6 +17,8 @@ from katds.errors import ConfigError
 
 HELP = "decoding, scoring, training and kernels on one GPU, against its measured limits"
 SMOKE = ["--toy"]
+# Each is a module of this folder with cases(bench) -> (case, function that measures it), ... Its model is made when the first case is
+# asked for, and is gone when the part is done.
 PARTS = ("decode", "teacher", "train", "loss", "attention", "step")
 COLUMNS = ("part", "case", "ms", "tokens/s", "x floor", "MFU", "MFU (sheet)", "GiB", "error")
 NOTES = [
@@ -44,10 +47,10 @@ def run(options: argparse.Namespace) -> Result:
         raise ConfigError(
             "bench gpu measures a CUDA device, and there is none. Run it on a GPU, or try it out with --toy."
         )
-    from katds.bench import gpu_parts
+    from katds.bench.gpu.machine import Bench
     from katds.bench.report import save, show
 
-    bench = gpu_parts.Bench.here(options.toy, options.context, options.repetitions)
+    bench = Bench.here(options.toy, options.context, options.repetitions)
     settings = {k: v for k, v in vars(options).items() if k not in ("out", "sub")} | bench.limits()
     result = Result("gpu", "how close does katds come to the limits of a GPU?", [], [], settings, list(NOTES))
     result.notes = [note.replace("{size}", str(bench.product)) for note in result.notes]
@@ -68,11 +71,9 @@ def run(options: argparse.Namespace) -> Result:
 
 def _rows(bench: Any, part: str) -> list[dict[str, Any]]:
     """Every case of a part; an error is a row."""
-    from katds.bench import gpu_parts
-
     rows: list[dict[str, Any]] = []
     try:
-        for name, measure in gpu_parts.CASES[part](bench):
+        for name, measure in import_module(f"katds.bench.gpu.{part}").cases(bench):
             bench.tidy()
             try:
                 rows.append({"part": part, "case": name, **measure()})

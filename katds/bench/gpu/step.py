@@ -1,0 +1,82 @@
+"""Whole steps, under ZeRO-3 on one rank."""
+
+from __future__ import annotations
+
+import io
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from katds.bench.gpu.machine import GIB, Bench, Case
+from katds.bench.ranks import on_ranks
+from katds.bench.workloads import WORKLOADS, build
+
+
+def cases(bench: Bench) -> Iterator[Case]:
+    for weights in ("copy",) if bench.toy else ("view", "copy"):
+        for fast in (True,) if bench.toy else (True, False):
+            title = f"{'smoke' if bench.toy else 'small'} models, {weights}{', fast decode' if fast else ''}"
+            yield title, partial(_whole, bench, weights, fast)
+
+
+def _whole(bench: Bench, weights: str, fast: bool) -> dict[str, Any]:
+    arguments = ("smoke" if bench.toy else "small", weights, fast, 1 if bench.toy else 4, str(bench.dtype))
+    if bench.toy and bench.device.type == "cpu":
+        return whole_steps(*arguments)  # a process of its own takes longer than the rest of the toy run
+    row: dict[str, Any] = on_ranks(1, whole_steps, *arguments)[0]
+    return row
+
+
+def whole_steps(shape: str, weights: str, fast: bool, steps: int, dtype: str) -> dict[str, Any]:
+    """Collective: training steps through `katds.run`, after one that is not counted; and the collectives' self-test."""
+    from katds.config import Recipe
+    from katds.parallel.world import start_world
+    from katds.run import open_run
+
+    workload, world = WORKLOADS[shape], start_world()
+    device = world.device
+    rows = torch.arange(6.0, device=device).view(3, 2)
+    back = world.collective.exchange(rows, [3] * world.size, [3] * world.size)  # NCCL on a GPU
+    assert torch.equal(back, rows), f"exchange gave {back.tolist()}"
+    assert world.collective.sum(torch.ones(2)).tolist() == [world.size] * 2 and world.collective.gather(world.rank) == [
+        0
+    ]
+    zero3 = Path(__file__).parents[3] / "ds_configs" / f"zero3_{'bf16' if dtype == 'torch.bfloat16' else 'fp32'}.json"
+    said = io.StringIO()  # standard output is for the table
+    with tempfile.TemporaryDirectory() as name, redirect_stdout(said):
+        folder = build(workload, Path(name), workload.rollouts * (steps + 1))
+        run = open_run(
+            Recipe.model_validate({
+                "run": {"name": "step", "folder": str(folder / "runs"), "rollout_samples": 0},
+                "student": {"path": str(folder / "student"), "deepspeed": str(zero3)},
+                "teacher": {"path": str(folder / "teacher"), "deepspeed": str(zero3), "gather": "phase"},
+                "data": {"train": str(folder / "prompts.jsonl"), "chat_template": False, "answer_column": None},
+                "rollout": {
+                    "prompts_per_step": workload.rollouts, "max_new_tokens": workload.new_tokens,
+                    "slots": workload.rollouts, "chunk_tokens": 32, "weights": weights, "fast_decode": fast,
+                },
+                "stop": {"kind": "never"},
+                "train": {"steps": steps + 1, "micro_batch_tokens": 8192},
+            })
+        )  # fmt: skip
+        seconds = []
+        for number in range(steps + 1):
+            world.collective.barrier()
+            start = time.perf_counter()
+            run.trainer.step(number)
+            world.collective.barrier()
+            seconds.append(time.perf_counter() - start)
+        run.monitor.close()
+    taken = statistics.median(seconds[1:])
+    memory = torch.cuda.max_memory_allocated() / GIB if device.type == "cuda" else None
+    given_up = [line for line in said.getvalue().splitlines() if "operator by operator" in line]
+    if given_up:
+        raise RuntimeError(given_up[0])  # graphs, or C code, that do not come about are a failure here
+    return {"ms": 1e3 * taken, "tokens/s": run.trainer.engine.stats.tokens / taken, "GiB": memory}
