@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from katds.bench import loss
-from katds.bench.loss import TOLERANCE, Case, contenders, disagreement, make_inputs, peak_bytes
+from katds.bench.loss.contenders import TOLERANCE, Case, contenders, disagreement, make_inputs
+from katds.bench.loss.memory import peak_bytes
 
 torch.set_num_threads(1)
 

@@ -1,41 +1,16 @@
-"""The loss on top of the output head: time and peak memory of one forward and backward pass, katds against others.
-
-Reverse KL of the student against the teacher, averaged over T tokens; gradients of the hidden states and of the head's
-weight. `top-k`: over the student's top 64 and a tail bucket, the teacher's scores given. `full`: over the vocabulary,
-the teacher's logits made from its hidden states by its own head. Within a support all contenders compute the same, and
-that is checked: losses and gradients have to agree with katds before anything is timed.
-"""
+"""Who computes the loss and its gradients: katds, plain autograd, liger-kernel; and whether they compute the same."""
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
-import multiprocessing
-import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-from katds.bench.report import Result
-from katds.bench.timing import alternate, ratio, spread
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import torch
 
-HELP = "time and memory of the loss and its gradients, against plain autograd and liger-kernel"
-SMOKE = ["--cases", "512,32,64,float32,tied", "--repetitions", "1"]
-CASES = (
-    "2048,128,2048,float32,tied",
-    "16384,384,2048,float32,tied",
-    "32768,1024,512,float32,untied",
-    "32768,1024,512,bfloat16,tied",
-    "32768,1024,1024,bfloat16,tied",
-    "151936,1024,512,bfloat16,untied",
-)
 TOP = 64
 # Greatest relative difference (Frobenius norm) of a loss or gradient from katds', in units of the type's epsilon. Both are
 # sums over the vocabulary of differences of logarithms near 10. In float32 all round those, to about 10 epsilon; in
@@ -77,43 +52,6 @@ class Inputs(NamedTuple):
         import torch
 
         return self.base if self.tokens is None else self.base + torch.nn.functional.embedding(self.tokens, self.weight)
-
-
-def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--cases", type=Case.parse, nargs="+", default=[Case.parse(text) for text in CASES], metavar="V,H,T,TYPE,HEAD",
-        help=f"vocabulary, hidden size, tokens, float32 or bfloat16, tied or untied (default: {' '.join(CASES)})",
-    )  # fmt: skip
-    parser.add_argument("--supports", nargs="+", choices=("top-k", "full"), default=["top-k", "full"])
-    parser.add_argument("--repetitions", type=int, default=3, help="(default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU (default: %(default)s)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-    parser.add_argument(
-        "--liger-chunk", type=int, default=256, help="rows of liger-kernel's chunks; its own default is 1024 (default: %(default)s)"
-    )  # fmt: skip
-
-
-def run(options: argparse.Namespace) -> Result:
-    import torch
-
-    torch.set_num_threads(options.threads)
-    rows, samples = [], []
-    for case in options.cases:
-        inputs = make_inputs(case, torch.device(options.device))
-        for support in options.supports:
-            runs = contenders(inputs, support, options.liger_chunk)
-            name = {**vars(case), "support": support}
-            # Memory first, while this process has freed nothing that a child could use again.
-            peaks = {contender: peak_bytes(run, inputs) for contender, run in runs.items()}
-            apart = disagreement(runs, inputs, case.dtype)
-            # The comparison has warmed everything up.
-            seconds = alternate(runs, options.repetitions, warmup=0, settle=_settle(options.device))
-            samples.append({**name, "seconds": seconds, "bytes": peaks})
-            rows.append({**name, **_row(seconds, peaks, apart)})
-    settings = {key: getattr(options, key) for key in ("repetitions", "threads", "device", "liger_chunk", "supports")}
-    settings["cases"] = [vars(case) for case in options.cases]
-    question = "what do the loss and its gradients cost, in time and in memory?"
-    return Result("loss", question, rows, samples, settings, _notes())
 
 
 def make_inputs(case: Case, device: torch.device) -> Inputs:
@@ -245,81 +183,3 @@ def disagreement(runs: dict[str, Run], inputs: Inputs, dtype: str) -> float:
                 )
             worst = max(worst, apart)
     return worst
-
-
-def peak_bytes(run: Run, inputs: Inputs) -> int:
-    """What `run` needs at most beyond the inputs: in a fork of this process, or of the allocator on CUDA."""
-    import torch
-
-    inputs.base.grad = inputs.weight.grad = None
-    gc.collect()
-    if inputs.base.is_cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL(None).malloc_trim(0)
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_measure_child, args=(run, sender))
-    child.start()
-    sender.close()
-    try:
-        peak: int = receiver.recv()
-    except EOFError:
-        child.join()
-        raise RuntimeError(f"a contender ended with exit code {child.exitcode} while its memory was measured") from None
-    child.join()
-    return peak
-
-
-def _measure_child(run: Run, sender: Any) -> None:
-    before = _resident("VmRSS")
-    # Sets the high-water mark to what is resident now.
-    Path("/proc/self/clear_refs").write_text("5")
-    run()
-    sender.send(_resident("VmHWM") - before)
-    sender.close()
-    os._exit(0)  # what the parent registered to run at its own exit is not ours
-
-
-def _resident(key: str) -> int:
-    found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found, key
-    return int(found[1]) * 1024
-
-
-def _row(seconds: dict[str, list[float]], peaks: dict[str, int], apart: float) -> dict[str, Any]:
-    others = [name for name in seconds if name != "katds"]
-    fastest = min(others, key=lambda name: spread(seconds[name]).median)
-    # liger-kernel has no top-k loss; where it is not installed, it has no column at all.
-    missing = ["liger"] if find_spec("liger_kernel") and "liger" not in seconds else []
-    times = {f"{name} ms": round(spread(values).median * 1e3, 1) for name, values in seconds.items()}
-    memory = {f"{name} MiB": round(peaks[name] / 2**20) for name in seconds}
-    return {
-        **times, **{f"{name} ms": "" for name in missing},
-        "katds / fastest": str(ratio(seconds["katds"], seconds[fastest])), "fastest": fastest,
-        **memory, **{f"{name} MiB": "" for name in missing},
-        "difference": float(f"{apart:.1e}"),
-    }  # fmt: skip
-
-
-def _settle(device: str) -> Callable[[], Any]:
-    import torch
-
-    return torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-
-
-def _notes() -> list[str]:
-    missing = [] if find_spec("liger_kernel") else ["liger-kernel is not installed (.[bench]); its column is left out"]
-    return [
-        *missing,
-        "katds / fastest: median (least .. greatest) of the pairs of one turn; below 1 katds is faster",
-        "MiB: peak of one forward and backward pass beyond the inputs, gradients included",
-        "difference: the greatest of losses and gradients from katds', relative (Frobenius); allowed: "
-        + ", ".join(f"{factor} epsilon in {dtype}" for dtype, factor in TOLERANCE.items()),
-        "katds also sums the student's entropy, which the others do not",
-        "katds and plain take log_softmax in float32; liger-kernel takes it in the type of the weight",
-        "liger-kernel has no top-k loss; its JSD with beta 1 is reverse KL over the whole vocabulary",
-    ]
