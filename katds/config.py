@@ -1,7 +1,7 @@
 """The recipe: one typed, validated description of a run.
 
 Order of precedence: defaults < recipe file < dotted flags. Defaults are the published setting of KAT (arXiv 2606.09471)
-where the paper states one. `katds.cli` reads files and flags; `katds.run` turns `kind` into objects.
+where the paper states one. `katds.cli` reads files and flags; `katds.assemble` turns `kind` into objects.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Composition root: recipe -> objects. The only place where a `kind` becomes an object.
+"""A run from its first check to its summary, and an evaluation.
 
 Order: everything that can be checked without weights is checked before a model is loaded.
 """
@@ -7,39 +7,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
+from katds.assemble import assemble, make_evaluator
 from katds.cli import dump_recipe
 from katds.config import Recipe
 from katds.core.collective import Collective
-from katds.core.objectives import OBJECTIVES
-from katds.core.stop import STOP_RULES
-from katds.core.stop.base import RunFacts, StopRule
-from katds.core.stop.simple import NeverRule
-from katds.core.types import Rollout
-from katds.data.grading import Grader, make_grader
-from katds.data.prompts import PromptSet
+from katds.data.grading import make_grader
 from katds.errors import CheckpointError, ConfigError, first_sentence
-from katds.evaluation.evaluator import Evaluator, text_decoder
 from katds.evaluation.metrics import Scores
 from katds.inputs import Inputs, fingerprint, identity, load_eval_prompts, read_inputs
-from katds.models.checks import ModelFacts, check_models
+from katds.models.checks import check_models
 from katds.parallel import checkpoint
 from katds.parallel.agree import on_main, same_everywhere, together, visible_everywhere
 from katds.parallel.deepspeed_config import read_deepspeed_json
 from katds.parallel.world import World, seed_everything, start_world
 from katds.parallel.zero import ZeroFrozen, ZeroStudent, load_frozen, load_student
-from katds.rollout.engine import EngineSettings, PhaseClock, RolloutEngine, StudentSource
-from katds.rollout.requests import RequestStream
-from katds.rollout.sampling import Sampling
 from katds.train.clock import Clock
-from katds.train.learner import Learner
 from katds.train.monitor import Monitor
-from katds.train.schedule import cosine_with_warmup
 from katds.train.summary import peak_memory_bytes, summarise, write_summary
 from katds.train.trainer import Trainer
 
@@ -100,7 +89,7 @@ def open_run(recipe: Recipe) -> Run:
     monitor = Monitor(folder, world.is_main, start, inputs.steps, inputs.tokenizer.decode, recipe.run.rollout_samples)
     for warning in inputs.facts.warnings:
         monitor.say(f"warning: {warning}")
-    trainer = _assemble(recipe, inputs, world, student, teacher, monitor)
+    trainer = assemble(recipe, inputs, world, student, teacher, monitor)
     if found is not None:
         trainer.load_state_dict(found.state)
     store = checkpoint.CheckpointStore(
@@ -163,108 +152,6 @@ def _unloadable(role: str, path: Path, deepspeed: Path) -> Callable[[Exception],
         f"{role}.path: {path} cannot be loaded with {deepspeed} ({type(error).__name__}: {first_sentence(error)}). Check the folder's "
         "files, and the values in that JSON."
     )
-
-
-def _assemble(
-    recipe: Recipe, inputs: Inputs, world: World, student: ZeroStudent, teacher: ZeroFrozen, monitor: Monitor
-) -> Trainer:
-    objective = OBJECTIVES[recipe.objective.kind].from_settings(recipe.objective)
-    rollout, optimizer = recipe.rollout, recipe.train.optimizer
-    rule = make_rule(recipe, inputs.steps)
-    requests = RequestStream(
-        inputs.prompts,
-        rollout.prompts_per_step,
-        rollout.samples_per_prompt,
-        rollout.max_new_tokens,
-        rollout.audit_fraction,
-    )
-    sampling = Sampling(rollout.temperature, rollout.top_k, rollout.top_p, rollout.min_p)
-    engine = RolloutEngine(
-        student,
-        teacher.reading,
-        rule,
-        objective.needs,
-        world.collective,
-        _settings(recipe, inputs.facts, world, sampling),
-        monitor.phase,
-        monitor.say,
-    )
-    total = inputs.steps * recipe.train.minibatches
-    learner = Learner(
-        student, teacher, objective, world.collective,
-        lr=cosine_with_warmup(optimizer.lr, total, optimizer.warmup_fraction, optimizer.final_lr_fraction),
-        temperature=sampling.scale, minibatches=recipe.train.minibatches, budget=recipe.train.micro_batch_tokens,
-        device=world.device, clock=monitor.phase, attention_weight=student.engine.module.attention_weight(),
-    )  # fmt: skip
-    evaluator = None
-    if inputs.eval_prompts is not None and inputs.grade is not None:
-        evaluator = make_evaluator(
-            recipe, inputs.tokenizer, inputs.facts, inputs.eval_prompts, inputs.grade, world, student, monitor.phase
-        )
-    return Trainer(
-        requests, engine, learner, rule, world.collective, monitor,
-        steps=inputs.steps,
-        evaluate=None if evaluator is None else lambda: evaluator.run().metrics(),
-        correct=_correct(inputs),
-        evaluate_every=recipe.evaluation.every,
-        checkpoint_every=recipe.checkpoint.every,
-    )  # fmt: skip
-
-
-def make_rule(recipe: Recipe, steps: int) -> StopRule:
-    rollout = recipe.rollout
-    per_step = rollout.prompts_per_step * rollout.samples_per_prompt
-    facts = RunFacts(recipe.run.seed, steps, per_step, recipe.train.minibatches, rollout.audit_fraction)
-    return STOP_RULES[recipe.stop.kind].from_settings(recipe.stop, facts)
-
-
-def make_evaluator(
-    recipe: Recipe,
-    tokenizer: Any,
-    facts: ModelFacts,
-    prompts: PromptSet,
-    grade: Grader,
-    world: World,
-    student: StudentSource,
-    clock: PhaseClock,
-    say: Callable[[str], None] = lambda _: None,
-) -> Evaluator:
-    settings = recipe.evaluation
-    sampling = Sampling(settings.temperature, top_p=settings.top_p)
-    # Evaluations are rare: between them their cache is not worth its memory.
-    sizes = replace(_settings(recipe, facts, world, sampling), keep_decoder=False)
-    engine = RolloutEngine(student, None, NeverRule(), frozenset(), world.collective, sizes, clock, say)
-    return Evaluator(
-        engine, list(prompts), settings.samples, settings.k or settings.samples,
-        settings.max_new_tokens or recipe.rollout.max_new_tokens, grade, text_decoder(tokenizer), world.collective,
-    )  # fmt: skip
-
-
-def _settings(recipe: Recipe, facts: ModelFacts, world: World, sampling: Sampling) -> EngineSettings:
-    rollout = recipe.rollout
-    return EngineSettings(
-        rollout.slots,
-        rollout.chunk_tokens,
-        facts.eos_ids,
-        sampling,
-        rollout.divergence_top_k,
-        recipe.run.seed,
-        world.device,
-        fast_decode=rollout.fast_decode,
-        keep_decoder=rollout.weights == "copy",
-    )
-
-
-def _correct(inputs: Inputs) -> Callable[[Rollout], bool | None] | None:
-    if inputs.grade is None:
-        return None
-    grade, to_text = inputs.grade, text_decoder(inputs.tokenizer)
-
-    def correct(rollout: Rollout) -> bool | None:
-        answer = rollout.request.prompt.answer
-        return None if answer is None else grade(to_text(rollout.response_ids), answer)
-
-    return correct
 
 
 def evaluate(recipe: Recipe) -> Scores:

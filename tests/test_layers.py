@@ -30,7 +30,7 @@ BELOW["inputs"] = {"parallel", "data", "models", "config", "core", "base"}
 BELOW["run"] = set(BELOW)
 BELOW["bench"] = set(BELOW)
 BELOW["launch"] = set(BELOW)
-SINGLE = {"errors": "base", "settings": "base", "inputs": "inputs", "run": "run"}
+SINGLE = {"errors": "base", "settings": "base", "inputs": "inputs", "assemble": "run", "run": "run"}
 CONFIG = {"config", "cli", "schema", "recipe_errors", "recipe_help"}
 MODULES = sorted((ROOT / "katds").rglob("*.py")) + sorted((ROOT / "launch").glob("*.py"))
 
@@ -98,7 +98,7 @@ def test_torch_distributed_is_not_reached_by_attribute() -> None:
 
 
 def test_kinds_become_objects_in_one_place() -> None:
-    """Only katds.run reads `.kind` of a section; the recipe's own checks and messages may name it."""
+    """Only katds.assemble reads `.kind` of a section; the recipe's own checks and messages may name it."""
     for path in MODULES:
         if layer(name_of(path)) not in {"run", "config"}:
             reads = [

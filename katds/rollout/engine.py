@@ -18,7 +18,7 @@ import torch
 
 from katds.core.collective import Collective
 from katds.core.stop.base import StopRule
-from katds.core.types import Field, Need, Rollout, RolloutBatch, RolloutRequest, StopReason
+from katds.core.types import Need, Rollout, RolloutBatch, RolloutRequest, StopReason
 from katds.errors import TrainingError
 from katds.models.causal import FlatCausalLM
 from katds.models.slot_cache import SlotCache
@@ -26,6 +26,7 @@ from katds.models.step import StepMaker
 from katds.rollout.decode import Chunk, Decoder
 from katds.rollout.sampling import Sampling
 from katds.rollout.scorer import Scores, TeacherForward, TeacherScorer
+from katds.rollout.signal_log import SignalLog, first_rows
 from katds.rollout.slots import Seat, Slots, assign
 
 PhaseClock = Callable[[str], AbstractContextManager[None]]  # times a named part, e.g. katds.train.clock.Clock
@@ -118,7 +119,7 @@ class RolloutEngine:
         self._finite = True
         # Audit rollouts run to their natural end and are the longest: begun first, they do not prolong the phase.
         queue = sorted(requests, key=lambda request: not request.audit)
-        done, signal = [], _SignalLog()
+        done, signal = [], SignalLog()
         lend = self._teacher or nullcontext
         with self._student.decoding() as model, lend() as teacher:
             phase = self._start(model, teacher, requests, stream)
@@ -192,7 +193,7 @@ class RolloutEngine:
         return scores
 
     def _judge(
-        self, phase: _Phase, chunk: Chunk, scores: Scores, signal: _SignalLog
+        self, phase: _Phase, chunk: Chunk, scores: Scores, signal: SignalLog
     ) -> list[tuple[Rollout, list[tuple[int, int]]]]:
         """Reads the chunk on the host (the round's one synchronisation), asks the rule, retires what has ended."""
         with self._clock("judge"):
@@ -215,7 +216,7 @@ class RolloutEngine:
                     self._rule.end(seat.request, rollout.terminated)
                     self.stats.tokens += len(rollout.response_ids)
                     ended.append(slot)
-                    done.append((rollout, _first_rows(seat.spans, rollout.kept)))
+                    done.append((rollout, first_rows(seat.spans, rollout.kept)))
             for source, target in phase.slots.retire(ended):
                 for cache in phase.caches:
                     cache.move(source, target, phase.slots.seats[target].position)
@@ -265,46 +266,3 @@ class _Phase:
     caches: list[SlotCache]
     decoder: Decoder
     scorer: TeacherScorer | None
-
-
-def _first_rows(spans: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:
-    """The spans of the first `count` rows."""
-    taken = []
-    for first, rows in spans:
-        if count <= 0:
-            break
-        taken.append((first, min(rows, count)))
-        count -= rows
-    return taken
-
-
-class _SignalLog:
-    """The step's teacher signal in the order of scoring; rollouts own spans of it until they are laid end to end.
-
-    Memory: every scored row of the step, overshoot and traps included, until `collect`.
-    """
-
-    def __init__(self) -> None:
-        self._chunks: list[dict[Field, torch.Tensor]] = []
-        self._rows = 0
-
-    def add(self, signal: dict[Field, torch.Tensor]) -> int:
-        """Appends a chunk's rows; returns the number of the first."""
-        first = self._rows
-        if signal:
-            self._chunks.append(signal)
-            self._rows += next(iter(signal.values())).shape[0]
-        return first
-
-    def collect(self, kept: list[list[tuple[int, int]]]) -> dict[Field, torch.Tensor]:
-        """The rows of the given spans, rollout after rollout."""
-        if not self._chunks:
-            return {}
-        device = next(iter(self._chunks[0].values())).device
-        index = torch.cat(
-            [torch.arange(first, first + count) for spans in kept for first, count in spans]
-            or [torch.empty(0, dtype=torch.int64)]
-        )
-        index = index.to(device)
-        keys = list(self._chunks[0])
-        return {key: torch.cat([chunk.pop(key) for chunk in self._chunks])[index] for key in keys}

@@ -13,7 +13,7 @@ from test_whole_runs import STEPS, rollouts_of
 from whole_runs import full_run, records, timeless, train, weights
 from zoo import build_recipe, shared_folder
 
-from katds import run
+from katds import assemble
 from katds.config import Recipe
 from katds.rollout.sampling import Sampling
 
@@ -47,5 +47,5 @@ def test_the_engine_gets_what_the_recipe_says(fast: bool, kept: str) -> None:
     models: dict[str, Any] = {"student": {"path": "s"}, "teacher": {"path": "t"}, "data": {"train": "d"}}
     recipe = Recipe.model_validate({"run": {"name": "r"}, "rollout": {"fast_decode": fast, "weights": kept}, **models})
     world, facts = SimpleNamespace(device=torch.device("cpu")), SimpleNamespace(eos_ids=(1,))
-    settings = run._settings(recipe, facts, world, Sampling())  # type: ignore[arg-type]
+    settings = assemble.engine_settings(recipe, facts, world, Sampling())  # type: ignore[arg-type]
     assert (settings.fast_decode, settings.keep_decoder) == (fast, kept == "copy")

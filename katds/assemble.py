@@ -1,0 +1,131 @@
+"""Recipe -> objects. The only place where a `kind` becomes an object."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from katds.config import Recipe
+from katds.core.objectives import OBJECTIVES
+from katds.core.stop import STOP_RULES
+from katds.core.stop.base import RunFacts, StopRule
+from katds.core.stop.simple import NeverRule
+from katds.core.types import Rollout
+from katds.data.grading import Grader
+from katds.data.prompts import PromptSet
+from katds.evaluation.evaluator import Evaluator, text_decoder
+from katds.inputs import Inputs
+from katds.models.checks import ModelFacts
+from katds.parallel.world import World
+from katds.parallel.zero import ZeroFrozen, ZeroStudent
+from katds.rollout.engine import EngineSettings, PhaseClock, RolloutEngine, StudentSource
+from katds.rollout.requests import RequestStream
+from katds.rollout.sampling import Sampling
+from katds.train.learner import Learner
+from katds.train.monitor import Monitor
+from katds.train.schedule import cosine_with_warmup
+from katds.train.trainer import Trainer
+
+
+def assemble(
+    recipe: Recipe, inputs: Inputs, world: World, student: ZeroStudent, teacher: ZeroFrozen, monitor: Monitor
+) -> Trainer:
+    """The training loop of a recipe around loaded models."""
+    objective = OBJECTIVES[recipe.objective.kind].from_settings(recipe.objective)
+    rollout, optimizer = recipe.rollout, recipe.train.optimizer
+    rule = make_rule(recipe, inputs.steps)
+    requests = RequestStream(
+        inputs.prompts,
+        rollout.prompts_per_step,
+        rollout.samples_per_prompt,
+        rollout.max_new_tokens,
+        rollout.audit_fraction,
+    )
+    sampling = Sampling(rollout.temperature, rollout.top_k, rollout.top_p, rollout.min_p)
+    engine = RolloutEngine(
+        student,
+        teacher.reading,
+        rule,
+        objective.needs,
+        world.collective,
+        engine_settings(recipe, inputs.facts, world, sampling),
+        monitor.phase,
+        monitor.say,
+    )
+    total = inputs.steps * recipe.train.minibatches
+    learner = Learner(
+        student, teacher, objective, world.collective,
+        lr=cosine_with_warmup(optimizer.lr, total, optimizer.warmup_fraction, optimizer.final_lr_fraction),
+        temperature=sampling.scale, minibatches=recipe.train.minibatches, budget=recipe.train.micro_batch_tokens,
+        device=world.device, clock=monitor.phase, attention_weight=student.engine.module.attention_weight(),
+    )  # fmt: skip
+    evaluator = None
+    if inputs.eval_prompts is not None and inputs.grade is not None:
+        evaluator = make_evaluator(
+            recipe, inputs.tokenizer, inputs.facts, inputs.eval_prompts, inputs.grade, world, student, monitor.phase
+        )
+    return Trainer(
+        requests, engine, learner, rule, world.collective, monitor,
+        steps=inputs.steps,
+        evaluate=None if evaluator is None else lambda: evaluator.run().metrics(),
+        correct=_correctness(inputs),
+        evaluate_every=recipe.evaluation.every,
+        checkpoint_every=recipe.checkpoint.every,
+    )  # fmt: skip
+
+
+def make_rule(recipe: Recipe, steps: int) -> StopRule:
+    rollout = recipe.rollout
+    per_step = rollout.prompts_per_step * rollout.samples_per_prompt
+    facts = RunFacts(recipe.run.seed, steps, per_step, recipe.train.minibatches, rollout.audit_fraction)
+    return STOP_RULES[recipe.stop.kind].from_settings(recipe.stop, facts)
+
+
+def make_evaluator(
+    recipe: Recipe,
+    tokenizer: Any,
+    facts: ModelFacts,
+    prompts: PromptSet,
+    grade: Grader,
+    world: World,
+    student: StudentSource,
+    clock: PhaseClock,
+    say: Callable[[str], None] = lambda _: None,
+) -> Evaluator:
+    settings = recipe.evaluation
+    sampling = Sampling(settings.temperature, top_p=settings.top_p)
+    # Evaluations are rare: between them their cache is not worth its memory.
+    sizes = replace(engine_settings(recipe, facts, world, sampling), keep_decoder=False)
+    engine = RolloutEngine(student, None, NeverRule(), frozenset(), world.collective, sizes, clock, say)
+    return Evaluator(
+        engine, list(prompts), settings.samples, settings.k or settings.samples,
+        settings.max_new_tokens or recipe.rollout.max_new_tokens, grade, text_decoder(tokenizer), world.collective,
+    )  # fmt: skip
+
+
+def engine_settings(recipe: Recipe, facts: ModelFacts, world: World, sampling: Sampling) -> EngineSettings:
+    rollout = recipe.rollout
+    return EngineSettings(
+        rollout.slots,
+        rollout.chunk_tokens,
+        facts.eos_ids,
+        sampling,
+        rollout.divergence_top_k,
+        recipe.run.seed,
+        world.device,
+        fast_decode=rollout.fast_decode,
+        keep_decoder=rollout.weights == "copy",
+    )
+
+
+def _correctness(inputs: Inputs) -> Callable[[Rollout], bool | None] | None:
+    if inputs.grade is None:
+        return None
+    grade, to_text = inputs.grade, text_decoder(inputs.tokenizer)
+
+    def correct(rollout: Rollout) -> bool | None:
+        answer = rollout.request.prompt.answer
+        return None if answer is None else grade(to_text(rollout.response_ids), answer)
+
+    return correct
