@@ -183,7 +183,7 @@ class _TiledLoss(torch.autograd.Function):
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         wide = _wide(hidden.dtype)
         grad_hidden = torch.empty_like(hidden) if wanted[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
+        grad_weight = torch.empty_like(weight, dtype=wide) if wanted[1] else None
         grad_bias = torch.zeros(weight.shape[0], dtype=wide, device=weight.device) if wanted[2] else None
         totals: dict[str, torch.Tensor] = {}
         project = _Projector((hidden, weight, bias), heights.slab)
@@ -199,7 +199,7 @@ class _TiledLoss(torch.autograd.Function):
             if grad_hidden is not None:
                 torch.mm(logits, weight, out=grad_hidden[slab])
             if grad_weight is not None:
-                _add_product(grad_weight, logits, hidden[slab])
+                _add_product(grad_weight, logits, hidden[slab], first=slab.start == 0)
             if grad_bias is not None:
                 grad_bias += logits.sum(0, dtype=wide)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
@@ -246,16 +246,20 @@ def _run_tile(
         logits.copy_(result)
 
 
-def _add_product(grad_weight: torch.Tensor, grad_logits: torch.Tensor, hidden: torch.Tensor) -> None:
-    """grad_weight [V, H] += grad_logits [t, V]^T hidden [t, H], with a low-precision product accumulated in float32."""
+def _add_product(grad_weight: torch.Tensor, grad_logits: torch.Tensor, hidden: torch.Tensor, first: bool) -> None:
+    """grad_weight [V, H] = or += grad_logits [t, V]^T hidden [t, H], with a low-precision product accumulated in float32."""
     if grad_weight.dtype == hidden.dtype:
-        grad_weight.addmm_(grad_logits.t(), hidden)
+        torch.addmm(grad_weight, grad_logits.t(), hidden, beta=0 if first else 1, out=grad_weight)
         return
     # In blocks of the vocabulary: the product of a low precision needs memory of its own.
     elements = PRODUCT_ELEMENTS if hidden.device.type == "cpu" else CUDA_TILE_ELEMENTS
     block = max(1, elements // max(1, hidden.shape[1]))
     for start in range(0, grad_weight.shape[0], block):
-        grad_weight[start : start + block] += grad_logits[:, start : start + block].t() @ hidden
+        part, product = grad_weight[start : start + block], grad_logits[:, start : start + block].t() @ hidden
+        if first:
+            part.copy_(product)
+        else:
+            part += product
 
 
 def _scaled(grad: torch.Tensor | None, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:

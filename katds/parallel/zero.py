@@ -1,7 +1,8 @@
 """DeepSpeed ZeRO-3 engines: the student that learns, and the frozen teacher.
 
-Weights are partitioned while they are read, so that loading and learning never need a whole model on one device; a
-rollout phase does, for the student's view (and for a teacher that is lent whole). The only file that calls `deepspeed.initialize`.
+Weights are partitioned while they are read, so that loading never needs a whole model on one device, nor does learning for a model
+beyond DeepSpeed's own limit (stage3_max_live_parameters); a rollout phase does, for the student's view (and for a teacher that is lent
+whole). The only file that calls `deepspeed.initialize`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.nn.functional
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.integrations import HfDeepSpeedConfig
@@ -32,11 +34,13 @@ class ZeroStudent:
 
     Args:
         keep: decode from a persistent copy of the weights, refreshed after updates, instead of gathering them for each phase.
+        release: let go of each layer's weights between its forward and its backward.
     """
 
-    def __init__(self, engine: Any, skeleton: FlatCausalLM, path: Path, keep: bool) -> None:
+    def __init__(self, engine: Any, skeleton: FlatCausalLM, path: Path, keep: bool, release: bool) -> None:
         self.engine = engine
         self._path = path
+        self._linear = zero3_linear_wrap if release else torch.nn.functional.linear
         self._changes = 0  # of the weights, through this object
         self._view = StudentView(engine.module, skeleton) if not keep else None
         self._copy = StudentCopy(engine.module, skeleton) if keep else None
@@ -44,13 +48,14 @@ class ZeroStudent:
     def decoding(self) -> AbstractContextManager[FlatCausalLM]:
         """Collective: the whole student, hook-free, for a rollout phase."""
         if self._copy is not None:
-            return self._copy.open((self._changes, self.engine.global_steps))
+            return self._copy.open(self._changes)
         assert self._view is not None
         return self._view.open()
 
     def forward(self, **inputs: Any) -> Any:
         """Collective: `FlatCausalLM.forward` through the engine."""
-        return self.engine(**inputs)
+        with _linear_as(self._linear):
+            return self.engine(**inputs)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         """Collective: adds the gradient of a loss that is already scaled; `last` marks the update's final micro-batch."""
@@ -96,12 +101,15 @@ class ZeroFrozen:
         self.engine = engine
         self._gather = gather
         skeleton = _skeleton(engine.module.model, vocabulary)
-        self._view = StudentView(engine.module, skeleton)
         self._copy = StudentCopy(engine.module, skeleton) if gather == "once" else None
+        self._view = StudentView(engine.module, skeleton) if gather != "once" else None
 
     def decoding(self) -> AbstractContextManager[FlatCausalLM]:
         """Collective: the whole model, hook-free, for a rollout phase."""
-        return self._view.open() if self._copy is None else self._copy.open(version=0)
+        if self._copy is not None:
+            return self._copy.open(version=0)
+        assert self._view is not None
+        return self._view.open()
 
     def reading(self) -> AbstractContextManager[Any]:
         """Collective: the forward that a rollout phase scores with."""
@@ -123,7 +131,11 @@ class ZeroFrozen:
 
     @contextmanager
     def head_weight(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-        """Collective: the teacher's head (weight [V, H], bias), gathered while the context is open."""
+        """Collective: the teacher's head (weight [V, H], bias), gathered while the context is open unless it is kept whole."""
+        if self._copy is not None:
+            with self._copy.open(version=0) as model:
+                yield model.head_parameters()
+            return
         with deepspeed.zero.GatheredParameters(list(self.engine.module.head.parameters())):
             yield self.engine.module.head_parameters()
 
@@ -150,7 +162,7 @@ def load_student(
     skeleton = _skeleton(model.model, vocabulary)
     engine, *_ = deepspeed.initialize(model=model, optimizer=_adamw(model, config, optimizer), config=config)
     engine.train()
-    return ZeroStudent(engine, skeleton, path, keep_copy)
+    return ZeroStudent(engine, skeleton, path, keep_copy, not checkpointing and _released(engine.module, config))
 
 
 def load_frozen(path: Path, user_config: dict[str, Any], vocabulary: int, gather: str = "layer") -> ZeroFrozen:
@@ -166,7 +178,7 @@ def _read(path: Path, config: dict[str, Any]) -> nn.Module:
     """from_pretrained under ZeRO-3: transformers partitions each weight as soon as it is read."""
     transformers_logging.disable_progress_bar()  # one bar per rank and model would bury the run's own lines
     keep_alive = HfDeepSpeedConfig(copy.deepcopy(config))
-    with _linear_restored():
+    with _linear_as(torch.nn.functional.linear):  # zero.Init replaces it for the whole process and for good
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=model_dtype(config), attn_implementation=ATTENTION, use_safetensors=True
         )
@@ -175,14 +187,25 @@ def _read(path: Path, config: dict[str, Any]) -> nn.Module:
 
 
 @contextmanager
-def _linear_restored() -> Iterator[None]:
-    """zero.Init replaces torch.nn.functional.linear for the whole process and for good; its Python autograd function
-    costs more than a small layer itself, so the original is put back."""
-    original = torch.nn.functional.linear
+def _linear_as(linear: Any) -> Iterator[None]:
+    """`torch.nn.functional.linear` for the length of the context.
+
+    PyTorch's own keeps the weight for the backward, whole: a layer that ZeRO-3 lets go of after its forward stays in memory. DeepSpeed's
+    does not, but costs more than a small layer itself. A checkpointed layer runs again and keeps nothing, with either.
+    """
+    before = torch.nn.functional.linear
+    torch.nn.functional.linear = linear
     try:
         yield
     finally:
-        torch.nn.functional.linear = original
+        torch.nn.functional.linear = before
+
+
+def _released(model: nn.Module, config: dict[str, Any]) -> bool:
+    """Whether ZeRO-3 lets go of weights between forward and backward at all: not those of a model that is below its limits."""
+    zero = config["zero_optimization"]
+    kept = min(zero.get(name, 1e9) for name in ("stage3_max_live_parameters", "stage3_max_reuse_distance"))
+    return sum(p.ds_numel for p in model.parameters()) > kept
 
 
 def _skeleton(model: nn.Module, vocabulary: int) -> FlatCausalLM:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from test_attention import FAMILIES, VOCABULARY, alone
 from test_slot_cache import Texts
 from torch.nn.functional import scaled_dot_product_attention
@@ -136,6 +137,22 @@ def test_a_nan_stays_in_its_sequence_and_large_scores_are_weighed() -> None:
     right = results(lambda *a: sequence_by_sequence(by_the_book, *a), [x.double() for x in tensors], 1e4, None)
     torch.testing.assert_close(sharp[0].double(), right[0], rtol=0, atol=1e-3)
     assert all(x.isfinite().all() for x in sharp)
+
+
+def test_the_first_use_may_be_within_a_checkpointed_layer() -> None:
+    """The comparison with PyTorch's saves tensors, too, which a recomputation would miss."""
+    tensors = numbers(4, 2, 32, "heads first")
+    leaves = [x.detach().requires_grad_() for x in tensors[:3]]
+
+    def layer(*qkv: torch.Tensor) -> torch.Tensor:
+        assert attention.serves(qkv[0])
+        return packed(*qkv, 0.2, None)
+
+    attention._unavailable.cache_clear()
+    out = torch.utils.checkpoint.checkpoint(layer, *leaves, use_reentrant=False)
+    grads = torch.autograd.grad(out, leaves, tensors[3])
+    for a, b in zip(grads, results(packed, tensors, 0.2, None)[1:], strict=True):
+        assert torch.equal(a, b)
 
 
 def test_differentiating_twice_is_refused() -> None:

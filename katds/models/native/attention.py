@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import scaled_dot_product_attention
 
 from katds.models.native.build import Unavailable, functions, library
@@ -164,7 +165,8 @@ def _call(
 
 def _error() -> float:
     """How far values and gradients of two sequences are from PyTorch's, relative to their size."""
-    with torch.inference_mode(False), torch.enable_grad():
+    # It may be asked for in the middle of a model's forward: neither its mode nor the hooks of activation checkpointing are this one's.
+    with torch.inference_mode(False), torch.enable_grad(), saved_tensors_hooks(lambda x: x, lambda x: x):
         draw = torch.Generator().manual_seed(0)
         lengths, heads = [70, 3], (4, 2, 2)
         mine, own = ([torch.randn(73, h, 32, generator=draw, requires_grad=True) for h in heads] for _ in range(2))
