@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -51,7 +53,7 @@ def assemble(
         world.collective,
         engine_settings(recipe, inputs.facts, world, sampling),
         monitor.phase,
-        monitor.say,
+        speaker(world, monitor.say),
     )
     total = inputs.steps * recipe.train.minibatches
     learner = Learner(
@@ -73,6 +75,15 @@ def assemble(
         evaluate_every=recipe.evaluation.every,
         checkpoint_every=recipe.checkpoint.every,
     )  # fmt: skip
+
+
+def speaker(world: World, say: Callable[[str], None]) -> Callable[[str], None]:
+    """For what a node finds out by itself, such as that it has no compiler: one slow node makes all ranks wait. One line per node."""
+    if world.is_main:
+        return say
+    if os.environ.get("LOCAL_RANK") == "0":
+        return lambda line: print(f"rank {world.rank}: {line}", file=sys.stderr, flush=True)
+    return lambda _: None
 
 
 def make_rule(recipe: Recipe, steps: int) -> StopRule:

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from katds.assemble import assemble, make_evaluator
+from katds.assemble import assemble, make_evaluator, speaker
 from katds.cli import dump_recipe
 from katds.config import Recipe
 from katds.core.collective import Collective
@@ -164,7 +164,7 @@ def evaluate(recipe: Recipe) -> Scores:
     grade = make_grader(recipe.evaluation.grader)
     world = start_world()
     student = load_frozen(recipe.student.path, student_json, facts.tokenizer_size)
-    say = print if world.is_main else lambda _: None
+    say = speaker(world, print)
     evaluator = make_evaluator(recipe, tokenizer, facts, prompts, grade, world, student, Clock(), say)
     scores = evaluator.run()
     on_main(world.collective, lambda: _write_scores(recipe, scores))

@@ -6,12 +6,14 @@ however many vocabulary tiles a rank loops over, also where the head is tied to 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from katds.core.packing import attention_weight
 from katds.models.attention import PackedPlan, SlotPlan
@@ -57,8 +59,9 @@ class FlatCausalLM(nn.Module):
         config = self.model.config
         heads = config.num_attention_heads
         width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-        # Not numel: under ZeRO-3 a weight is empty most of the time.
-        parameters = sum(m.in_features * m.out_features for m in self.model.modules() if isinstance(m, nn.Linear))
+        matrices = (m.weight for m in self.model.modules() if isinstance(m, nn.Linear | Conv1D))
+        # Under ZeRO-3 a weight is empty most of the time.
+        parameters = sum(math.prod(getattr(weight, "ds_shape", weight.shape)) for weight in matrices)
         return attention_weight(config.num_hidden_layers, width, parameters)
 
     def forward(

@@ -17,7 +17,6 @@ from functools import cache
 
 import torch
 
-from katds.core.counter import uniforms
 from katds.core.top_k import top_k as best_k
 
 _CANDIDATES = 64  # the nucleus of a language model rarely holds more
@@ -228,20 +227,3 @@ def _above_min_p(weights: torch.Tensor, probabilities: torch.Tensor, min_p: floa
     if min_p == 0.0:
         return weights
     return weights * (probabilities >= min(min_p, 1.0) * probabilities.amax(-1, keepdim=True))
-
-
-# Until decode.py calls `sample_step`.
-
-
-def sample(
-    logprobs_SV: torch.Tensor, keys_S: torch.Tensor, counters_S: torch.Tensor, sampling: Sampling
-) -> torch.Tensor:
-    """One token per row, int64 [S], with the random number of (key, counter); see `draw`."""
-    return draw(logprobs_SV, uniforms(keys_S, counters_S), sampling)
-
-
-def draw(logprobs_SV: torch.Tensor, u_S: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """One token per row, int64 [S], with random numbers u in (0, 1), of log-probabilities at the temperature of sampling."""
-    if sampling.greedy:
-        return logprobs_SV.argmax(-1)
-    return _draw(logprobs_SV.softmax(-1), u_S, sampling)

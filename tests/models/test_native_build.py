@@ -8,8 +8,10 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -79,13 +81,55 @@ def test_a_home_that_cannot_be_written_costs_a_compilation_per_process(
     assert build.library().katds_decode
 
 
-def test_a_broken_library_is_not_trusted(tmp_path: Path) -> None:
+def test_a_broken_library_is_not_trusted_but_replaced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    monkeypatch.setenv("CC", script(tmp_path / "cc", f'echo "$@" >> {log}\nexec {CC} "$@"'))
+    process = [sys.executable, "-c", "from katds.models.native.build import library; assert library().katds_decode"]
+    subprocess.run(process, check=True)
+    (name,) = compiled(tmp_path)
+    library = tmp_path / "a home's cache" / name
+    library.write_bytes(b"not a library")
+    for _ in range(2):
+        subprocess.run(process, check=True)
+    assert log.read_text().count("decode.c") == 2, "it was compiled for every process"
+
+
+def test_a_published_library_is_not_replaced(tmp_path: Path) -> None:
+    """Other nodes may have it mapped."""
     build.library()
     (name,) = compiled(tmp_path)
-    (tmp_path / "a home's cache" / name).unlink()  # what is mapped stays whole
-    (tmp_path / "a home's cache" / name).write_bytes(b"not a library")
-    build._library.cache_clear()
+    library = tmp_path / "a home's cache" / name
+    before = library.stat().st_ino
+    build._publish(library, library)
+    assert library.stat().st_ino == before
+
+
+def test_code_in_a_temporary_folder_need_not_be_executable(monkeypatch: pytest.MonkeyPatch) -> None:
+    load = ctypes.CDLL
+
+    def guarded(path: str, *more: Any) -> ctypes.CDLL:
+        if path.startswith(tempfile.gettempdir()) and "a home's cache" not in path:
+            raise OSError("failed to map segment from shared object")
+        return load(path, *more)
+
+    monkeypatch.setattr(ctypes, "CDLL", guarded)
     assert build.library().katds_decode
+
+
+def test_unlike_machines_do_not_share_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {build._fingerprint([str(CC)])}
+    cpuinfo = Path.read_text
+    run = build._run
+    for change in (
+        lambda patch: patch.setattr("platform.machine", lambda: "riscv64"),
+        lambda patch: patch.setattr(build, "_run", lambda c: subprocess.CompletedProcess(c, 0, "another version", "")),
+        lambda patch: patch.setattr(Path, "read_text", lambda p: "flags: fpu\n" if p.name == "cpuinfo" else cpuinfo(p)),
+        lambda patch: patch.setattr(build, "FLAGS", ["-O1"]),
+    ):
+        with monkeypatch.context() as patch:
+            change(patch)
+            found.add(build._fingerprint([str(CC)]))
+    assert len(found) == 5 and build._run is run
 
 
 def test_a_compiler_without_march_native_will_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -143,8 +187,12 @@ def test_a_compiler_that_writes_no_library(monkeypatch: pytest.MonkeyPatch, tmp_
     assert reason().startswith("the compiled code cannot be written or loaded (")
 
 
-def test_without_a_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As for a user id that has no entry: nothing is written to a folder named ~."""
     for name in ("XDG_CACHE_HOME", "HOME"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for a user id that has no entry
-    assert not build._folder().is_relative_to("~") and build._folder().is_absolute()
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    monkeypatch.chdir(tmp_path)
+    assert build.library().katds_decode and not list(tmp_path.iterdir())
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert build._folder() is None

@@ -4,6 +4,7 @@ does not understand is refused with a reason."""
 from __future__ import annotations
 
 import copy
+import ctypes
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +24,7 @@ VOCABULARY = 65
 WINDOW = 4
 CPU = torch.device("cpu")
 LENGTH = 80  # more than a block of keys
+CANARY = 7.0
 
 try:
     library()
@@ -133,6 +135,15 @@ def test_native_steps_are_as_exact_as_the_models_own(name: str) -> None:
         assert (mine - right).abs().max() <= 4 * (own - right).abs().max()
 
 
+def guard(step: NativeStep, rows: int) -> torch.Tensor:
+    """Moves the step's work space; returns what lies behind its end."""
+    size = library().katds_work_floats(ctypes.byref(step._model), ctypes.c_int64(rows))
+    work = torch.full((size + 10_000,), CANARY)
+    step._keep.append(work)
+    step._model.work = work.data_ptr()
+    return work[size:]
+
+
 def test_threads_change_no_bit_of_attention() -> None:
     """With more rows than threads, and keys enough for threads to be worth it."""
     model, rows, length = build("qwen3", head_dim=64), 7, 1200
@@ -145,11 +156,13 @@ def test_threads_change_no_bit_of_attention() -> None:
         torch.set_num_threads(count)
         try:
             step = NativeStep(model, cache)
+            canary = guard(step, rows)
             positions = torch.arange(rows) + length - 100
             torch.set_num_threads(1)  # of the matrix products
             logits = [step(torch.arange(rows), positions + i, length) for i in range(5)]
         finally:
             torch.set_num_threads(threads)
+        assert (canary == CANARY).all(), "the work space is too small"
         results.append(torch.stack([*logits]))
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 

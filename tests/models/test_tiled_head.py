@@ -215,10 +215,15 @@ def test_a_gradient_that_belongs_to_the_closure_is_not_written_to() -> None:
     torch.testing.assert_close(torch.autograd.grad(loss, weight), torch.autograd.grad(expected, weight), **FP64)
 
 
+@pytest.mark.parametrize("block", [7, 300])
 @pytest.mark.parametrize("height", [1, 16, 512])
-def test_bfloat16_error_is_at_most_twice_that_of_the_plain_computation(height: int) -> None:
-    """Both against float64 from the same bfloat16 inputs, with a factor that is no power of two; Frobenius norms."""
+def test_bfloat16_error_is_at_most_twice_that_of_the_plain_computation(
+    height: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both against float64 from the same bfloat16 inputs, with a factor that is no power of two; Frobenius norms. The weight's gradient
+    is made in blocks of some words, the last of them smaller."""
     rows, hidden_size, vocabulary = 512, 32, 300
+    monkeypatch.setattr(tiled_head, "PRODUCT_ELEMENTS", block * hidden_size)
     low = inputs(torch.bfloat16, rows, hidden_size, vocabulary)[:2]
     exact = [tensor.detach().double().requires_grad_() for tensor in low]
     tile_fn = curved_loss(rows, vocabulary)

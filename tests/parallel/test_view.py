@@ -137,6 +137,36 @@ def test_frozen_model(tmp_path: Path, tied: bool) -> None:
         assert torch.equal(torch.from_numpy(gathered), head)
 
 
+def gathers_of(path: Path, gather: str) -> list[int]:
+    """Calls of GatheredParameters in two rollout phases with a forward in each, and for the head."""
+    start_world()
+    model, counts = load_frozen(path, deepspeed_json(), VOCABULARY, gather), []
+    enter = partition_parameters.GatheredParameters.__enter__
+    with mock.patch.object(
+        partition_parameters.GatheredParameters, "__enter__", autospec=True, side_effect=enter
+    ) as entered:
+        for _ in range(2):
+            with model.reading() as teacher:
+                teacher(**packed())
+            counts.append(entered.call_count)
+            entered.reset_mock()
+        with model.head_weight():
+            counts.append(entered.call_count)
+    return counts
+
+
+@pytest.mark.parametrize(("gather", "parameters"), [("once", None), ("phase", 1), ("layer", 0)])
+def test_a_teacher_is_gathered_as_often_as_it_is_said_to_be(
+    tmp_path: Path, gather: str, parameters: int | None
+) -> None:
+    path = build_model(tmp_path / "teacher", seed=5)
+    if parameters is None:  # once, one by one, and then never again, not for its head either
+        expected = [len(list(AutoModelForCausalLM.from_pretrained(path).parameters())), 0, 0]
+    else:
+        expected = [parameters, parameters, 1]
+    assert run_ranks(2, gathers_of, path, gather) == [expected] * 2
+
+
 def held_while_loading(path: Path) -> tuple[int, int]:
     """On a rank: the most elements of whole parameters at any time, looked at before every release, and what stays."""
     start_world()

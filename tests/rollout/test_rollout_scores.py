@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from rollout_setup import (
@@ -20,7 +22,7 @@ from rollout_setup import (
 from katds.core import counter
 from katds.core.divergences import entropy, reverse_kl
 from katds.core.types import Field, Need, Rollout, RolloutBatch, StopReason
-from katds.rollout.sampling import Sampling, sample
+from katds.rollout.sampling import Sampling, sample_step
 
 ALL = frozenset(Need)
 WARM = Sampling(temperature=0.8)
@@ -89,7 +91,8 @@ def test_every_token_is_drawn_from_the_full_forward(sampling: Sampling) -> None:
     for rollout in engine(pair, sampling=sampling, seed=11).generate(mixed_requests(), stream).rollouts:
         p, _ = full_forward(pair.plain_student, rollout, sampling.temperature)
         keys = torch.full((len(p),), counter.key(11, stream, rollout.id))
-        assert rollout.response_ids == sample(p.float(), keys, torch.arange(len(p)), sampling).tolist()
+        u, as_it_is = counter.uniforms(keys, torch.arange(len(p))), replace(sampling, temperature=1.0)
+        assert rollout.response_ids == sample_step(p.float(), u, as_it_is, 0).tokens_S.tolist()
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ from test_whole_runs import STEPS, rollouts_of
 from whole_runs import full_run, records, timeless, train, weights
 from zoo import build_recipe, shared_folder
 
-from katds import assemble
+from katds import assemble, run
 from katds.config import Recipe
+from katds.core.collective import Solo
 from katds.rollout.sampling import Sampling
 
 
@@ -49,3 +50,25 @@ def test_the_engine_gets_what_the_recipe_says(fast: bool, kept: str) -> None:
     world, facts = SimpleNamespace(device=torch.device("cpu")), SimpleNamespace(eos_ids=(1,))
     settings = assemble.engine_settings(recipe, facts, world, Sampling())  # type: ignore[arg-type]
     assert (settings.fast_decode, settings.keep_decoder) == (fast, kept == "copy")
+
+
+def test_every_node_says_why_it_decodes_slowly(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said: list[str] = []
+    for rank, local in ((0, 0), (1, 1), (2, 0), (3, 1)):
+        monkeypatch.setenv("LOCAL_RANK", str(local))
+        world = SimpleNamespace(rank=rank, is_main=rank == 0)
+        assemble.speaker(world, said.append)("no compiler")  # type: ignore[arg-type]
+    assert said == ["no compiler"] and capsys.readouterr().err == "rank 2: no compiler\n"
+
+
+@pytest.mark.parametrize("gather", ["layer", "phase", "once"])
+def test_the_teacher_is_gathered_as_the_recipe_says(gather: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    models: dict[str, Any] = {"student": {"path": "s"}, "data": {"train": "d"}}
+    recipe = Recipe.model_validate({"run": {"name": "r"}, "teacher": {"path": "t", "gather": gather}, **models})
+    inputs = SimpleNamespace(facts=SimpleNamespace(tokenizer_size=9), student_json={}, teacher_json={})
+    monkeypatch.setattr(run, "load_student", lambda *_: "student")
+    monkeypatch.setattr(run, "load_frozen", lambda *given: given)
+    _, given = run._load_models(recipe, inputs, Solo(), False)  # type: ignore[arg-type]
+    assert given == (Path("t"), {}, 9, gather)

@@ -60,15 +60,18 @@ def functions() -> tuple[int, int]:
 def _library() -> ctypes.CDLL | str:
     """The library, or why there is none."""
     try:
-        compiler = _compiler()
-        cached = _folder() / f"native-{_fingerprint(compiler)}.so"
-        with suppress(OSError):  # not there, or not loadable
-            return ctypes.CDLL(str(cached))
-        with tempfile.TemporaryDirectory() as folder:
-            built = Path(folder) / cached.name
+        compiler, folder = _compiler(), _folder()
+        name = f"native-{_fingerprint(compiler)}.so"
+        if folder is not None:
+            with suppress(OSError):  # not there, or not loadable
+                return ctypes.CDLL(str(folder / name))
+        with tempfile.TemporaryDirectory() as temporary:
+            built = Path(temporary) / name
             _compile(compiler, built)
-            with suppress(OSError):  # a home that cannot be written costs every process a compilation
-                _publish(built, cached)
+            if folder is not None:
+                with suppress(OSError):  # a home that cannot be written costs every process a compilation
+                    _publish(built, folder / name)
+                    return ctypes.CDLL(str(folder / name))  # code in a temporary folder may not be executable
             return ctypes.CDLL(str(built))  # stays mapped without its file
     except Unavailable as reason:
         return str(reason)
@@ -88,9 +91,11 @@ def _compiler() -> list[str]:
     raise Unavailable(f"there is no C compiler ({named or 'cc, gcc or clang'})")
 
 
-def _folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(base).absolute() / "katds"
+def _folder() -> Path | None:
+    """Where the library is kept; None for a user without a home. The XDG specification ignores relative paths."""
+    named, usual = Path(os.environ.get("XDG_CACHE_HOME", "")), Path(os.path.expanduser("~/.cache"))
+    base = named if named.is_absolute() else usual
+    return base / "katds" if base.is_absolute() else None
 
 
 def _fingerprint(compiler: list[str]) -> str:
@@ -128,10 +133,16 @@ def _publish(built: Path, cached: Path) -> None:
     """Puts the library where later processes look for it.
 
     The first of many ranks wins. A link, not a replacement: on a network file system, replacing a library kills the
-    processes on other nodes that have it mapped.
+    processes on other nodes that have it mapped. One that nobody can load is in nobody's use.
     """
     cached.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileNotFoundError):
+        try:
+            ctypes.CDLL(str(cached))
+        except OSError:
+            cached.unlink()
     with tempfile.TemporaryDirectory(dir=cached.parent) as folder:
         whole = Path(folder) / cached.name
         shutil.copyfile(built, whole)
-        os.link(whole, cached)
+        with suppress(FileExistsError):
+            os.link(whole, cached)
