@@ -201,7 +201,7 @@ def _linear_as(linear: Any) -> Iterator[None]:
         torch.nn.functional.linear = before
 
 
-def _released(model: nn.Module, config: dict[str, Any]) -> bool:
+def _released(model: Any, config: dict[str, Any]) -> bool:
     """Whether ZeRO-3 lets go of weights between forward and backward at all: not those of a model that is below its limits."""
     zero = config["zero_optimization"]
     kept = min(zero.get(name, 1e9) for name in ("stage3_max_live_parameters", "stage3_max_reuse_distance"))
