@@ -40,7 +40,7 @@ def learn(path: Path, released: bool, checkpointing: bool) -> tuple[int, list[in
     whole = 4 * sum(p.ds_numel for p in student.engine.module.parameters())
     assert (student._linear is not original) == (released and not checkpointing), "slower than need be"
     grown, norms = [], []
-    for _ in range(3):
+    for _ in range(2):
         gc.collect()
         before = resident()
         loss = student.forward(**packed() | {"head": lambda *head: linear(*head).logsumexp(-1).sum()})
@@ -55,9 +55,9 @@ def learn(path: Path, released: bool, checkpointing: bool) -> tuple[int, list[in
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_weights_are_released_between_forward_and_backward(tmp_path: Path, checkpointing: bool) -> None:
-    path = build_model(tmp_path / "student", seed=1, hidden=512, layers=12)
+    path = build_model(tmp_path / "student", seed=1, hidden=512, layers=6)
     for whole, grown, _ in run_ranks(2, learn, path, True, checkpointing):
-        assert whole > 70 * MIB and max(grown[1:]) < whole / 4, f"{[g // MIB for g in grown]} of {whole // MIB} MiB"
+        assert whole > 35 * MIB and max(grown[1:]) < whole / 4, f"{[g // MIB for g in grown]} of {whole // MIB} MiB"
 
 
 def test_gradients_are_those_of_a_model_that_is_held(tmp_path: Path) -> None:
