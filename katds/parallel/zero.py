@@ -134,7 +134,8 @@ class ZeroFrozen:
         """Collective: the teacher's head (weight [V, H], bias), gathered while the context is open unless it is kept whole."""
         if self._copy is not None:
             with self._copy.open(version=0) as model:
-                yield model.head_parameters()
+                head = model.head_parameters()
+            yield head  # outside: what follows is differentiated
             return
         with deepspeed.zero.GatheredParameters(list(self.engine.module.head.parameters())):
             yield self.engine.module.head_parameters()

@@ -150,8 +150,9 @@ def gathers_of(path: Path, gather: str) -> list[int]:
                 teacher(**packed())
             counts.append(entered.call_count)
             entered.reset_mock()
-        with model.head_weight():
+        with model.head_weight() as (weight, _):
             counts.append(entered.call_count)
+            assert torch.is_grad_enabled() and weight.shape == (VOCABULARY, 32)
     return counts
 
 
