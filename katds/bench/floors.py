@@ -1,13 +1,15 @@
-"""The least that a model's forwards can cost: their matrix products alone, on the same shapes and the same machine.
+"""The least that a model's forwards can cost on this machine: their matrix products alone, of the same shapes; and on CUDA no less
+than reading the weights.
 
-What lies between a phase and its floor is attention, norms, activations, sampling, Python, and waiting.
+What lies between a phase and its floor is attention with its keys and values, norms, activations, sampling, Python, and waiting.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,16 +18,22 @@ if TYPE_CHECKING:
 
 REPETITIONS = 5
 TALL = 512  # rows above which the time of a product is taken to grow in proportion
+COPIED = 1 << 30  # bytes, many times what a cache holds
 
 
 @dataclass
 class Products:
-    """The weights [out, in] that every token of a forward is multiplied with, in the order of use."""
+    """The weights [out, in] that every token of a forward is multiplied with, in the order of use.
+
+    Args:
+        bandwidth: bytes/s at which they are read at most.
+    """
 
     weights: list[torch.Tensor]
+    bandwidth: float = math.inf
 
     @classmethod
-    def of(cls, config: Any, vocabulary: int, dtype: torch.dtype, device: torch.device) -> Products:
+    def of(cls, config: Any, vocabulary: int, dtype: torch.dtype, device: torch.device, bandwidth: float) -> Products:
         """Random weights of the shapes of a model with this transformers configuration; the head has `vocabulary` rows."""
         import torch
         from transformers import AutoModelForCausalLM
@@ -34,29 +42,30 @@ class Products:
             model = AutoModelForCausalLM.from_config(config)
         shapes = [tuple(m.weight.shape) for m in model.base_model.modules() if isinstance(m, torch.nn.Linear)]
         head = (vocabulary, model.get_output_embeddings().weight.shape[1])
-        return cls([torch.randn(shape, dtype=dtype, device=device) for shape in (*shapes, head)])
+        return cls([torch.randn(shape, dtype=dtype, device=device) for shape in (*shapes, head)], bandwidth)
 
     @property
     def bytes(self) -> int:
         return sum(w.numel() * w.element_size() for w in self.weights)
 
     def seconds(self, rows: int) -> float:
-        """Median time of one forward's products with `rows` tokens."""
+        """Of one forward with `rows` tokens."""
+        tall = min(rows, TALL)
+        return max(self.multiply(tall) * rows / tall, self.bytes / self.bandwidth)
+
+    def multiply(self, rows: int) -> float:
+        """Median seconds of the products with `rows` tokens."""
         import torch
 
-        tall = min(rows, TALL)
-        weights = self.weights
-        inputs = {w.shape[1]: torch.randn(tall, w.shape[1], dtype=w.dtype, device=w.device) for w in weights}
-        taken = []
+        weights, device = self.weights, self.weights[0].device
+        inputs = {w.shape[1]: torch.randn(rows, w.shape[1], dtype=w.dtype, device=device) for w in weights}
+
+        def forward() -> None:
+            for weight in weights:
+                torch.nn.functional.linear(inputs[weight.shape[1]], weight)
+
         with torch.inference_mode():
-            for _ in range(REPETITIONS + 1):
-                start = time.perf_counter()
-                for weight in weights:
-                    torch.nn.functional.linear(inputs[weight.shape[1]], weight)
-                if weights[0].is_cuda:
-                    torch.cuda.synchronize()
-                taken.append(time.perf_counter() - start)
-        return statistics.median(taken[1:]) * rows / tall
+            return median_seconds(_recorded(forward) if device.type == "cuda" else forward, device)
 
     def total(self, forwards: Mapping[int, float]) -> float:
         """Seconds of {rows: how many forwards with so many}. Of many sizes a few are timed, the others interpolated."""
@@ -66,6 +75,66 @@ class Products:
         probes = sorted({sizes[round(i * (len(sizes) - 1) / 7)] for i in range(8)})
         known = {rows: self.seconds(rows) for rows in probes}
         return sum(count * _between(known, rows) for rows, count in forwards.items() if rows > 0)
+
+
+def attention_seconds(
+    config: Any, dtype: torch.dtype, device: torch.device, batch: int, queries: int, keys: int, backward: bool = False
+) -> float:
+    """Of PyTorch's own attention in all layers: the last `queries` of the `keys` tokens of each of `batch` sequences."""
+    import torch
+
+    def random(heads: int, tokens: int) -> torch.Tensor:
+        return torch.randn(batch, heads, tokens, config.head_dim, dtype=dtype, device=device, requires_grad=backward)
+
+    q = random(config.num_attention_heads, queries)
+    k, v = (random(config.num_key_value_heads, keys) for _ in range(2))
+    causal, gradient = queries == keys, torch.ones_like(q)
+    mask = None
+    if not causal and queries > 1:
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+    def layer() -> None:
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
+        if backward:
+            torch.autograd.grad(out, (q, k, v), gradient)
+
+    seconds: float = config.num_hidden_layers * median_seconds(layer, device)
+    return seconds
+
+
+def copy_bandwidth(device: torch.device, size: int = COPIED) -> float:
+    """Bytes/s, read and written, of a copy of `size` bytes within the device."""
+    import torch
+
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / median_seconds(lambda: target.copy_(source), device)
+
+
+def median_seconds(run: Callable[[], Any], device: torch.device) -> float:
+    """Of a few calls, after one that is not counted."""
+    import torch
+
+    taken = []
+    for _ in range(REPETITIONS + 1):
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken[1:])
+
+
+def _recorded(run: Callable[[], Any]) -> Callable[[], Any]:
+    """As a CUDA graph: to launch a small product takes longer than to compute it."""
+    import torch
+
+    run()  # libraries set themselves up, which must not be recorded
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's watchdog looks at events meanwhile
+        run()
+    replay: Callable[[], Any] = graph.replay
+    return replay
 
 
 def _between(known: Mapping[int, float], rows: int) -> float:

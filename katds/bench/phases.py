@@ -1,12 +1,14 @@
 """Where a training step spends its time, and how far each phase is from the time of its bare matrix products.
 
-The floors are timed on the same ranks right after the steps, all ranks at once. `sync` is what the rounds' control reductions cost
-when nobody is late; `idle` is the rest of the time in them: waiting for the slowest rank.
+The floors are timed on the same ranks right after the steps, all ranks at once; on CUDA a forward's floor is also no less than its
+weights' bytes over the bandwidth of a copy. `sync` is what the rounds' control reductions cost when nobody is late; `idle` is the
+rest of the time in them: waiting for the slowest rank.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import statistics
 import sys
@@ -15,12 +17,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from katds.bench.floors import Products
+from katds.bench.arguments import default_ranks, positive
+from katds.bench.floors import Products, attention_seconds, copy_bandwidth
 from katds.bench.ranks import on_ranks
-from katds.bench.report import Result
+from katds.bench.report import Result, told
 from katds.bench.workloads import WORKLOADS, Workload, build
 
 if TYPE_CHECKING:
+    from katds.core.collective import Collective
     from katds.parallel.world import World
     from katds.run import Run
 
@@ -33,6 +37,10 @@ PHASES = {  # column -> clock
 }  # fmt: skip
 NOTES = [
     "seconds: median over steps, rank 0; share: of the step; floor: the bare matrix products of the same shapes.",
+    "on CUDA a forward's floor is the larger of its products and of its weights' bytes over the measured copy bandwidth; the bytes of "
+    "keys and values are left out.",
+    "on CUDA the device is synchronised around each phase, so that it is told from the next one; a run does not wait there.",
+    "sdpa: what PyTorch's own scaled_dot_product_attention takes in all layers at the mean length; no part of the floor.",
     "learn: forward and backward (three products per weight and token; the loss makes the head's gradients in the forward).",
     "decode's floor has one product of all live rows per weight and token step; attention, sampling and top-K come on top of it.",
     "other: sums over ranks, console line, TensorBoard, gathering the students' weights for the rollout phase.",
@@ -43,10 +51,10 @@ def options(parser: argparse.ArgumentParser) -> None:
     shapes = [name for name in WORKLOADS if name != "smoke"]
     parser.add_argument("--shapes", nargs="+", choices=list(WORKLOADS), default=shapes, help="default: %(default)s")
     parser.add_argument(
-        "--steps", type=int, default=4, help="counted steps, after one that is not (default: %(default)s)"
+        "--steps", type=positive, default=4, help="counted steps, after one that is not (default: %(default)s)"
     )
-    parser.add_argument("--ranks", type=int, default=2, help="default: %(default)s")
-    parser.add_argument("--chunk", type=int, default=32, help="rollout.chunk_tokens (default: %(default)s)")
+    parser.add_argument("--ranks", type=positive, help="default: 2, or 1 on a machine with one GPU")
+    parser.add_argument("--chunk", type=positive, default=32, help="rollout.chunk_tokens (default: %(default)s)")
     parser.add_argument(
         "--gather", choices=("once", "phase", "layer"), default="once", help="teacher.gather (default: %(default)s)"
     )
@@ -54,18 +62,20 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> Result:
-    settings = {k: v for k, v in vars(options).items() if k not in ("out", "sub")}
+    settings = told(options) | {"ranks": options.ranks or default_ranks()}
     result = Result("phases", "where does a training step spend its time?", [], settings=settings, notes=list(NOTES))
     for shape in options.shapes:
         print(f"phases: {shape}", file=sys.stderr, flush=True)
-        measured = on_ranks(options.ranks, _measure, WORKLOADS[shape], settings)[0]
+        measured = on_ranks(settings["ranks"], _measure, WORKLOADS[shape], settings)[0]
         result.samples += [{"shape": shape, **step} for step in measured["steps"]]
         result.rows += _rows(shape, measured)
+        if math.isfinite(measured["bandwidth"]):
+            result.settings.setdefault("copy_bytes_per_second", {})[shape] = measured["bandwidth"]
     return result
 
 
 def _rows(shape: str, measured: dict[str, Any]) -> list[dict[str, Any]]:
-    steps, floors = measured["steps"], measured["floors"]
+    steps, floors, attention = measured["steps"], measured["floors"], measured["attention"]
     median = {key: statistics.median(step[key] for step in steps) for key in steps[0]}
     whole = median["step"]
     rows = []
@@ -74,12 +84,15 @@ def _rows(shape: str, measured: dict[str, Any]) -> list[dict[str, Any]]:
         rows.append({
             "shape": shape, "phase": name, "seconds": median[name], "share": f"{median[name] / whole:.0%}",
             "floor": floor, "x floor": None if not floor else f"{median[name] / floor:.2f}",
+            "sdpa": attention.get(name),
         })  # fmt: skip
     return [*rows, {"shape": shape, "phase": "step", "seconds": whole, "share": "100%"}]
 
 
 def _measure(workload: Workload, settings: dict[str, Any]) -> dict[str, Any]:
-    """Collective: seconds per phase of each counted step, and the floors of the last one."""
+    """Collective: seconds per phase of each counted step, the floors and the attention of the last one, and the bandwidth."""
+    import torch
+
     from katds.config import Recipe
     from katds.parallel.agree import on_main
     from katds.parallel.world import start_world
@@ -92,14 +105,27 @@ def _measure(workload: Workload, settings: dict[str, Any]) -> dict[str, Any]:
     count = workload.rollouts * world.size
     on_main(world.collective, lambda: build(workload, folder, count * (settings["steps"] + 1)))
     run = open_run(Recipe.model_validate(_recipe(workload, folder, count, settings)))
+    run.monitor.clock.exact = True
+
+    def settle() -> None:
+        if world.device.type == "cuda":
+            torch.cuda.synchronize()
+        world.collective.barrier()
+
     steps = []
     for step in range(settings["steps"] + 1):
-        world.collective.barrier()
+        settle()
         start = time.perf_counter()
         run.trainer.step(step)
-        world.collective.barrier()
-        steps.append(_phases(run, world, time.perf_counter() - start))
-    return {"steps": steps[1:], "floors": _floors(run, world, workload)}
+        settle()
+        whole = time.perf_counter() - start
+        reductions = run.trainer.engine.stats.rounds + 1  # one more finds that nothing is left to do
+        steps.append(_phases(run.monitor.last, whole, reductions * _reduction(world.collective)))
+    bandwidth = copy_bandwidth(world.device) if world.device.type == "cuda" else math.inf
+    return {
+        "steps": steps[1:], "floors": _floors(run, world, workload, bandwidth), "bandwidth": bandwidth,
+        "attention": _attention(run, world, workload, settings["chunk"]),
+    }  # fmt: skip
 
 
 def _recipe(workload: Workload, folder: Path, rollouts: int, settings: dict[str, Any]) -> dict[str, Any]:
@@ -118,32 +144,41 @@ def _recipe(workload: Workload, folder: Path, rollouts: int, settings: dict[str,
     }  # fmt: skip
 
 
-def _phases(run: Run, world: World, whole: float) -> dict[str, float]:
-    """Seconds of a step's phases; what no clock has seen is `other`."""
-    import torch
+def _phases(last: dict[str, float], whole: float, punctual: float) -> dict[str, float]:
+    """Seconds of the phases of a step that took `whole`; what no clock has seen is `other`.
 
-    last = run.monitor.last
+    Args:
+        last: the step's record.
+        punctual: seconds of the step's control reductions if nobody were late.
+    """
     seconds = {name: last.get(f"time/{clock}", 0.0) for name, clock in PHASES.items()}
     seconds["learn"] = last["time/learn/forward"] + last["time/learn/backward"]
     control = last.get("time/rollout/control", 0.0)
-    nothing, taken = torch.zeros(3, world.size, dtype=torch.int64), []
-    for _ in range(20):
-        start = time.perf_counter()
-        world.collective.sum(nothing)
-        taken.append(time.perf_counter() - start)
-    seconds["sync"] = min(control, run.trainer.engine.stats.rounds * statistics.median(taken))
+    seconds["sync"] = min(control, punctual)
     seconds["idle"] = control - seconds["sync"]
     seconds["other"] = whole - sum(seconds.values())
     return seconds | {"step": whole}
 
 
-def _floors(run: Run, world: World, workload: Workload) -> dict[str, float]:
+def _reduction(collective: Collective) -> float:
+    """Collective: median seconds of a round's control reduction, all ranks at once."""
+    import torch
+
+    nothing, taken = torch.zeros(3, collective.size, dtype=torch.int64), []
+    for _ in range(20):
+        start = time.perf_counter()
+        collective.sum(nothing)
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
+
+
+def _floors(run: Run, world: World, workload: Workload, bandwidth: float) -> dict[str, float]:
     from transformers import AutoConfig
 
     stats, last = run.trainer.engine.stats, run.monitor.last
     dtype = next(run.student.engine.module.parameters()).dtype
     student, teacher = (
-        Products.of(AutoConfig.from_pretrained(path), run.inputs.facts.tokenizer_size, dtype, world.device)
+        Products.of(AutoConfig.from_pretrained(path), run.inputs.facts.tokenizer_size, dtype, world.device, bandwidth)
         for path in (run.recipe.student.path, run.recipe.teacher.path)
     )
     learned = (last["train/tokens"] / world.size + workload.rollouts * workload.prompt_tokens) / last[
@@ -155,3 +190,22 @@ def _floors(run: Run, world: World, workload: Workload) -> dict[str, float]:
         "decode": student.total(stats.decode_steps), "teacher": teacher.total(stats.teacher_tokens),
         "learn": 3 * forward,
     }  # fmt: skip
+
+
+def _attention(run: Run, world: World, workload: Workload, chunk: int) -> dict[str, float]:
+    """Seconds of PyTorch's own attention in the phases of the last step, as if all rollouts had the mean length."""
+    from transformers import AutoConfig
+
+    student, teacher = (AutoConfig.from_pretrained(path) for path in (run.recipe.student.path, run.recipe.teacher.path))
+    dtype, device = next(run.student.engine.module.parameters()).dtype, world.device
+    steps = run.trainer.engine.stats.decode_steps
+    forwards = sum(steps.values())
+    rows = max(round(sum(live * count for live, count in steps.items()) / max(forwards, 1)), 1)
+    length = round(run.monitor.last["rollout/length_mean"])
+    keys, whole = workload.prompt_tokens + length // 2, workload.prompt_tokens + length
+    world.collective.barrier()
+    return {
+        "decode": forwards * attention_seconds(student, dtype, device, rows, 1, keys),
+        "teacher": forwards / chunk * attention_seconds(teacher, dtype, device, rows, min(chunk, keys), keys),
+        "learn": attention_seconds(student, dtype, device, workload.rollouts, whole, whole, backward=True),
+    }

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from katds.bench.gpu.counts import attention_flops
 from katds.bench.gpu.machine import Bench, Case, Shape, students
 from katds.models.attention import is_flash
 
@@ -58,6 +59,4 @@ def _attention(bench: Bench, shape: Shape, kernel: Callable[..., Any], length: i
         kernel(q, k, v, bounds, length).sum().backward()
         q.grad = k.grad = v.grad = None
 
-    s = bench.seconds(step)
-    flops = 3.5 * 4 * tokens * length / 2 * shape.heads * shape.dim  # the backward pass recomputes the scores
-    return {"ms": 1e3 * s, "tokens/s": tokens / s, **bench.use(flops, s)}
+    return bench.timed(step, tokens, attention_flops(tokens, length, shape.heads, shape.dim))

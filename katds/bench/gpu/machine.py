@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
+from katds.bench.floors import copy_bandwidth
+from katds.bench.report import versions
 from katds.bench.timing import alternate
 from katds.models.attention import NAME
 from katds.models.causal import FlatCausalLM
@@ -24,6 +27,8 @@ SHEET = {
     "A100": (312e12, 2.0e12), "L40S": (362e12, 0.86e12), "A10": (125e12, 0.6e12), "4090": (165e12, 1.0e12),
 }  # fmt: skip
 TOP_K = 64  # of the student's tokens, as by default
+# What katds passes to torch's attention kernel by name.
+VARLEN = ("scale", "window_size", "enable_gqa", "seqused_k", "block_table", "num_splits")
 
 
 @dataclass(frozen=True)
@@ -86,15 +91,20 @@ class Bench:
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
     @property
+    def name(self) -> str:
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)
+
+    @property
     def sheet(self) -> tuple[float, float] | None:
         """FLOP/s and bytes/s of the data sheet, if it is known."""
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
-        return max(((key, value) for key, value in SHEET.items() if key in name), default=(None, None), key=_length)[1]
+        return max(
+            ((key, value) for key, value in SHEET.items() if key in self.name), default=(None, None), key=_length
+        )[1]
 
     def limits(self) -> dict[str, Any]:
         sheet = self.sheet or (None, None)
         return {
-            "device": str(self.device), "dtype": str(self.dtype), "copy_bytes_per_second": self.bandwidth,
+            "device": str(self.device), "device_name": self.name, "dtype": str(self.dtype), "copy_bytes_per_second": self.bandwidth,
             "product_flops": self.peak, "sheet_flops": sheet[0], "sheet_bytes_per_second": sheet[1],
             "shapes": {name: vars(shape) for name, shape in (TOY if self.toy else SHAPES).items()},
         }  # fmt: skip
@@ -109,17 +119,20 @@ class Bench:
             with suppress(RuntimeError):  # a device that an earlier case has broken; the next one will say so
                 torch.cuda.empty_cache()
 
-    def race(self, contenders: Mapping[str, Callable[[], Any]], inner: int = 1) -> dict[str, float]:
-        """Median seconds of each contender / `inner`, in turn."""
+    def race(self, contenders: Mapping[str, Callable[[], Any]], inner: int = 1) -> dict[str, list[float]]:
+        """Seconds of each contender / `inner`, in turn; all repetitions."""
         taken = alternate(contenders, self.repetitions, 1 if self.toy else 2, self.settle)
-        return {name: statistics.median(seconds) / inner for name, seconds in taken.items()}
+        return {name: [s / inner for s in seconds] for name, seconds in taken.items()}
 
-    def seconds(self, run: Callable[[], Any], inner: int = 1) -> float:
-        return self.race({"": run}, inner)[""]
+    def timed(self, run: Callable[[], Any], tokens: int, flops: float) -> dict[str, Any]:
+        """Columns of a case that takes `flops` for its tokens."""
+        seconds = self.race({"": run})[""]
+        return columns(seconds, tokens) | self.use(flops, statistics.median(seconds))
 
     def peak_gib(self, run: Callable[[], Any]) -> float | None:
-        """Memory that one call takes beyond what lies there already."""
+        """Memory that one call takes beyond what lies there already; None on a CPU, which does not count it."""
         if self.device.type != "cuda":
+            run()
             return None
         self.tidy()
         self.settle()
@@ -131,6 +144,11 @@ class Bench:
 
     def held_gib(self) -> float:
         return torch.cuda.memory_allocated() / GIB if self.device.type == "cuda" else 0.0
+
+    def whole_gib(self, run: Callable[[], Any]) -> float | None:
+        """Memory at the peak of one call, with what lay there before."""
+        held, peak = self.held_gib(), self.peak_gib(run)
+        return None if peak is None else held + peak
 
     def use(self, flops: float, seconds: float) -> dict[str, float | None]:
         """Model FLOPs utilisation."""
@@ -149,11 +167,27 @@ class Bench:
         return torch.randint(below, size, device=self.device)
 
     def _measure_limits(self) -> None:
-        source = torch.zeros(self.copy_bytes, dtype=torch.uint8, device=self.device)
-        target = torch.empty_like(source)
-        self.bandwidth = 2 * self.copy_bytes / self.seconds(lambda: target.copy_(source))
+        self.bandwidth = copy_bandwidth(self.device, self.copy_bytes)
         a, b = torch.randn(2, self.product, self.product, device=self.device).to(self.dtype)
-        self.peak = 2 * self.product**3 / self.seconds(lambda: a @ b)
+        self.peak = 2 * self.product**3 / statistics.median(self.race({"": lambda: a @ b})[""])
+
+
+def columns(seconds: Sequence[float], tokens: int) -> dict[str, Any]:
+    """Of repetitions that take `tokens` tokens each; `seconds`, all of them, are for the JSON file."""
+    median = statistics.median(seconds)
+    return {"ms": 1e3 * median, "tokens/s": tokens / median, "seconds": list(seconds)}
+
+
+def software() -> list[str]:
+    """What an unknown machine has of that which the kernels need, line by line."""
+    lines = [", ".join(f"{name} {number}" for name, number in versions().items()) + f", CUDA {torch.version.cuda}"]
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError as error:
+        return [*lines, f"varlen_attn is missing ({error}); katds needs it on a GPU"]
+    signature = inspect.signature(varlen_attn)
+    lacking = [name for name in VARLEN if name not in signature.parameters]
+    return [*lines, f"varlen_attn{signature}", *([f"varlen_attn lacks {', '.join(lacking)}"] if lacking else [])]
 
 
 def _length(entry: tuple[Any, Any]) -> int:

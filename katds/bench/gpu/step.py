@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from katds.bench.gpu.machine import GIB, Bench, Case
+from katds.bench.gpu.machine import GIB, Bench, Case, columns
 from katds.bench.ranks import on_ranks
 from katds.bench.workloads import WORKLOADS, build
 
@@ -66,17 +66,29 @@ def whole_steps(shape: str, weights: str, fast: bool, steps: int, dtype: str) ->
                 "train": {"steps": steps + 1, "micro_batch_tokens": 8192},
             })
         )  # fmt: skip
+
+        def settle() -> None:
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            world.collective.barrier()
+
         seconds = []
         for number in range(steps + 1):
-            world.collective.barrier()
+            settle()
             start = time.perf_counter()
             run.trainer.step(number)
-            world.collective.barrier()
+            settle()
             seconds.append(time.perf_counter() - start)
         run.monitor.close()
-    taken = statistics.median(seconds[1:])
     memory = torch.cuda.max_memory_allocated() / GIB if device.type == "cuda" else None
-    given_up = [line for line in said.getvalue().splitlines() if "operator by operator" in line]
-    if given_up:
-        raise RuntimeError(given_up[0])  # graphs, or C code, that do not come about are a failure here
-    return {"ms": 1e3 * taken, "tokens/s": run.trainer.engine.stats.tokens / taken, "GiB": memory}
+    hear(said.getvalue(), device)
+    return {**columns(seconds[1:], run.trainer.engine.stats.tokens), "GiB": memory}
+
+
+def hear(said: str, device: torch.device) -> None:
+    """Graphs that do not come about are a failure on a GPU; on a CPU it is told that there is no C code."""
+    for line in said.splitlines():
+        if "operator by operator" in line:
+            if device.type == "cuda":
+                raise RuntimeError(line)
+            print(f"gpu: {line}", file=sys.stderr, flush=True)

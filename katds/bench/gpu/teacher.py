@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from katds.bench.gpu.counts import forward_flops
 from katds.bench.gpu.machine import TOP_K, Bench, Case, Shape, multiplied, teacher_shape
 from katds.core.types import Need, Prompt, RolloutRequest
 from katds.models.causal import FlatCausalLM
@@ -40,9 +41,7 @@ def _score(bench: Bench, model: FlatCausalLM, shape: Shape, slots: int, chunk: i
         bench.tokens(slots, chunk, top_k, below=shape.vocabulary), logprobs,
     )  # fmt: skip
     scorer = TeacherScorer(model, cache, frozenset({Need.SAMPLED, Need.STUDENT_TOP_K}), True, top_k, 1.0)
-    held = bench.held_gib()
-    peak = bench.peak_gib(lambda: scorer.score(seats, {}, made))
-    s = bench.seconds(lambda: scorer.score(seats, {}, made))
     tokens = slots * chunk
-    memory = None if peak is None else held + peak
-    return {"ms": 1e3 * s, "tokens/s": tokens / s, **bench.use(2 * multiplied(model) * tokens, s), "GiB": memory}
+    memory = bench.whole_gib(lambda: scorer.score(seats, {}, made))
+    timed = bench.timed(lambda: scorer.score(seats, {}, made), tokens, forward_flops(multiplied(model), tokens))
+    return {**timed, "GiB": memory}

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 
-from katds.bench.gpu.loss import student_top_k
-from katds.bench.gpu.machine import Bench, Case, Shape, multiplied, students
+from katds.bench.gpu.counts import training_flops
+from katds.bench.gpu.machine import TOP_K, Bench, Case, Shape, multiplied, students
+from katds.core.objectives.reverse_kl import ReverseKl
+from katds.core.types import Field
 from katds.models.attention import PackedPlan
 from katds.models.causal import FlatCausalLM
 from katds.models.tiled_head import tiled_loss
@@ -43,8 +45,20 @@ def _train(bench: Bench, model: FlatCausalLM, shape: Shape, recompute: bool) -> 
         (model(ids, positions, plan, head) / tokens).backward()
         model.zero_grad(set_to_none=True)
 
-    held = bench.held_gib()
-    peak = bench.peak_gib(step)
-    s = bench.seconds(step)
-    memory = None if peak is None else held + peak
-    return {"ms": 1e3 * s, "tokens/s": tokens / s, **bench.use(6 * multiplied(model) * tokens, s), "GiB": memory}
+    memory = bench.whole_gib(step)
+    return {**bench.timed(step, tokens, training_flops(multiplied(model), tokens)), "GiB": memory}
+
+
+def student_top_k(bench: Bench, shape: Shape, tokens: int) -> Callable[[torch.Tensor, slice], dict[str, torch.Tensor]]:
+    """The default objective on made-up teacher scores."""
+    top_k = min(TOP_K, shape.vocabulary - 1)
+    ids = torch.arange(top_k, device=bench.device).expand(tokens, -1).int()
+    scores = (torch.randn(tokens, top_k, device=bench.device)).log_softmax(-1) - 0.1
+    actions = torch.zeros(tokens, dtype=torch.int64, device=bench.device)
+    objective = ReverseKl("student_top_k")
+
+    def tile(logprobs: torch.Tensor, at: slice) -> dict[str, torch.Tensor]:
+        signal = {Field.STUDENT_TOP_IDS: ids[at], Field.STUDENT_TOP: scores[at]}
+        return objective.tile(logprobs, actions[at], signal)
+
+    return tile
