@@ -57,7 +57,7 @@ clean:  ## delete caches and build leftovers (not .venv, not runs)
 $(STAMP): pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo 'Installing PyTorch and the other packages into $(VENV): a minute or two with fast access, once.'
 	@$(PIP) "$$(grep '^torch==' constraints.txt)"
-	@$(PIP) -e '.[test,eval,plot,dev]' tabulate
+	@$(PIP) -e '.[test,eval,plot,dev]'
 	@$(PIP) --no-deps liger-kernel  # triton comes with torch where there is a GPU; elsewhere it is 300 MB that nothing uses
 	@touch $@
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from messages import refused
 from ranks import run_ranks
 
 from katds.bench import packing, threshold
@@ -14,8 +17,13 @@ from katds.bench.lengths import LENGTHS
 from katds.bench.packing import Batches, Job, differencing, draw, measure
 from katds.bench.report import Result
 from katds.bench.stand_in import StandIn
+from katds.core.collective import Solo
 from katds.core.packing import DEFAULT_ATTENTION_WEIGHT, Plan, imbalance
+from katds.core.stop.simple import NeverRule
 from katds.parallel.world import ProcessCollective
+from katds.rollout.engine import EngineSettings, RolloutEngine
+from katds.rollout.sampling import Sampling
+from katds.rollout.slots import Slots
 
 
 def toy(bench: ModuleType, *more: str) -> Result:
@@ -80,6 +88,12 @@ def test_packing_runs() -> None:
     assert len(result.samples) == len(result.rows)  # one draw
 
 
+def test_what_cannot_be_compared_with_is_refused_before_the_measurement() -> None:
+    refused(lambda: toy(packing, "--budget", "0.5"), "--budget is 0.5")
+    refused(lambda: toy(threshold, "--round-seconds", "0"), "--round-seconds")
+    refused(lambda: toy(threshold, "--step-seconds", "-1"), "--step-seconds")
+
+
 def test_threshold_runs() -> None:
     (row,) = toy(threshold).rows
     assert row["ranks"] == 8 and row["how"] == "modelled"
@@ -90,6 +104,54 @@ def test_a_reduction_takes_as_many_hops_as_doubling_does() -> None:
     network = threshold.Network(1.0, 8.0, "")
     assert [network.seconds(0, ranks) for ranks in (1, 2, 3, 4, 6, 8, 1024)] == [0, 1, 3, 2, 4, 3, 10]
     assert network.seconds(16, 4) == 2 * (1 + 2)
+
+
+def test_latency_and_bandwidth_are_those_of_two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = {"round": [1.0, 0.5, 4.0], "stream": [2.0, 1.0]}  # what a processor does by itself
+    monkeypatch.setattr(threshold, "measure", lambda *arguments: alone)
+    measured = {2: {"round": [9.0, 2.5, 3.0], "stream": [7.0, 50.0]}, 4: {"round": [0.0], "stream": [0.0]}}
+    parser = argparse.ArgumentParser()
+    threshold.options(parser)
+    found = threshold._network(measured, parser.parse_args([]))
+    assert found.latency == 2.5 - 0.5 and found.bandwidth == threshold.STREAM_BYTES / (7.0 - 1.0 - 2.0)
+    given = threshold._network(measured, parser.parse_args(["--latency-us", "7"]))
+    assert given.latency == pytest.approx(7e-6) and given.bandwidth == found.bandwidth
+    assert threshold._network({}, parser.parse_args([])).source == "assumed"
+
+
+def test_a_modelled_row_adds_the_network_to_the_processor() -> None:
+    parser = argparse.ArgumentParser()
+    threshold.options(parser)
+    options = parser.parse_args(["--rollouts", "2", "--round-seconds", "10", "--step-seconds", "100"])
+    own = dict.fromkeys((*threshold.PARTS, "admit"), 1.0)
+    row = threshold._row("modelled", 4, own, threshold.Network(1.0, 16.0, ""), options)
+    # Two hops of 1 s and 16 bytes a second: 64 bytes in a round; 128, none and 192 in the step's three.
+    assert [row[f"{part} us"] for part in threshold.PARTS] == [1e6 * s for s in (11.0, 19.0, 3.0, 27.0)]
+    assert row["% of round"] == pytest.approx(110) and row["% of step"] == pytest.approx(49)
+    alone = threshold._row("measured", 4, own, None, options)
+    assert [alone[f"{part} us"] for part in threshold.PARTS] == [1e6] * 4
+
+
+class Watched(Solo):
+    """Says what was reduced."""
+
+    def __init__(self) -> None:
+        self.rank, self.size = 1, 3
+        self.seen: list[tuple[torch.Size, torch.dtype]] = []
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        self.seen.append((values.shape, values.dtype))
+        return values
+
+
+def test_the_round_that_is_timed_reduces_what_the_engines_does() -> None:
+    timed, real = Watched(), Watched()
+    threshold.control_round(timed)
+    settings = EngineSettings(2, 4, (), Sampling(), 1, 0, torch.device("cpu"))
+    student: Any = None
+    engine = RolloutEngine(student, None, NeverRule(), frozenset(), real, settings, lambda name: nullcontext())
+    engine._admit(Slots(2), [])
+    assert timed.seen == real.seen and len(real.seen) == 1
 
 
 def whole_step(rank_collective: ProcessCollective | None = None) -> dict[str, int]:

@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from messages import refused
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from katds.bench import peers
-from katds.bench.workloads import SPECIALS, WORKLOADS, Workload, build
+from katds.bench import demo, peers
+from katds.bench.contest import Step, rotated
+from katds.bench.report import Result
+from katds.bench.workloads import QWEN, SPECIALS, WORKLOADS, Size, Workload, build
 from katds.core.divergences import reverse_kl
 
 ROOT = Path(__file__).parent.parent
@@ -67,9 +69,15 @@ def test_lengths_are_as_promised(tmp_path: Path) -> None:
     assert lengths(build(fixed, tmp_path / "fixed", prompts=64), fixed) == ([fixed.new_tokens] * 64, [])
 
 
-@pytest.mark.parametrize("name", ["tiny", "skewed"])
-def test_ends_come_where_they_are_due(name: str, tmp_path: Path) -> None:
-    workload = WORKLOADS[name]
+WIDE = Workload("wide", Size(1024, 1, (16, 8, 128)), Size(2048, 1, (16, 8, 128), tied=False), 512, 4, 16)
+
+
+@pytest.mark.parametrize(
+    "workload",
+    [WORKLOADS["tiny"], WORKLOADS["skewed"], WIDE, replace(WIDE, long_every=8, mean_short=8)],
+    ids=["tiny", "skewed", "wide", "wide and skewed"],
+)
+def test_ends_come_where_they_are_due(workload: Workload, tmp_path: Path) -> None:
     build(workload, tmp_path, prompts=1)
     half = (workload.vocabulary - len(SPECIALS)) // 2
     for role in ("student", "teacher"):
@@ -84,6 +92,31 @@ def test_ends_come_where_they_are_due(name: str, tmp_path: Path) -> None:
             else:
                 assert ends < 1e-9
             assert 1 - shares[..., first : first + half].sum(-1).min() - shares[..., 1].max() < 1e-9
+
+
+def test_bf16_keeps_the_lengths(tmp_path: Path) -> None:
+    build(WIDE, tmp_path, prompts=16, precision="bf16")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "teacher").dtype == torch.bfloat16
+    assert lengths(tmp_path, WIDE) == ([WIDE.new_tokens] * 16, [])
+
+
+@pytest.mark.parametrize(
+    ("size", "parameters"),
+    [(QWEN["qwen-0.6b"].student, 596_049_920), (QWEN["qwen-1.7b"].student, 1_720_574_976), (QWEN["qwen-0.6b"].teacher, 8_190_735_360)],
+    ids=["0.6B", "1.7B", "8B"],
+)  # fmt: skip
+def test_qwen_shapes_have_the_parameters_of_the_models(size: Size, parameters: int) -> None:
+    with torch.device("meta"):
+        model = Qwen3ForCausalLM(Qwen3Config(**size.config(QWEN["qwen-0.6b"].vocabulary)))
+    assert model.num_parameters() == parameters
+
+
+def test_qwen_shapes_have_one_variant_and_are_asked_for_by_name(tmp_path: Path) -> None:
+    asked = options("--shapes", "qwen-1.7b", "--precision", "bf16", "--ranks", "1")
+    (recipe,) = peers._random(QWEN["qwen-1.7b"], asked, tmp_path).recipes.values()
+    assert recipe["objective"]["support"] == "full" and recipe["teacher"]["gather"] == "layer"
+    assert {Path(recipe[role]["deepspeed"]).name for role in ("student", "teacher")} == {"zero3_bf16.json"}
+    assert not set(WORKLOADS) & set(QWEN)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -136,12 +169,56 @@ def test_trl_computes_the_loss_that_katds_calls_full() -> None:
     torch.testing.assert_close(*slopes)
 
 
-def test_missing_demo_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("present", [[], ["train.jsonl"], ["train.jsonl", "student/config.json"]])
+def test_missing_demo_is_named(present: list[str], tmp_path: Path) -> None:
+    for name in present:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
     refused(
         lambda: peers.run(options("--shapes", "demo", "--demo-models", str(tmp_path))),
         "--demo-models",
+        demo.PARTS[len(present)],
         "launch/prepare_demo.py",
     )
+
+
+def test_the_demo_has_kat_with_the_loss_of_trl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "train_student", lambda *arguments: {"the": "rule"})
+    monkeypatch.setattr(demo, "write_prompts", lambda *arguments: None)
+    contest = peers._demo(options("--ranks", "2"), tmp_path)
+    names = ["never-full-once", "never-student_top_k-once", "kat-full-once", "kat-student_top_k-once"]
+    assert list(contest.recipes) == names and contest.rules == {name: {"the": "rule"} for name in names[2:]}
+
+
+def test_a_shape_that_fails_leaves_those_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = [Step(1.0, 16.0, 0.5)] * 2
+    outcomes = iter([[{"trl": taken, "never-full-once": taken}]])
+    monkeypatch.setattr(peers, "on_ranks", lambda *arguments: next(outcomes))
+    asked = options("--shapes", "smoke", "tiny", "--steps", "1")
+    asked.out = tmp_path
+    with pytest.raises(StopIteration):
+        peers.run(asked)
+    assert [row["shape"] for row in json.loads((tmp_path / "peers.json").read_text())["rows"]] == ["smoke"]
+
+
+def test_variants_take_turns_in_coming_first() -> None:
+    assert [rotated(list("abc"), step) for step in range(4)] == [list("abc"), list("bca"), list("cab"), list("abc")]
+
+
+def test_a_row_by_hand() -> None:
+    warmup = [Step(99.0, 1.0, 0.0)]
+    steps = {
+        "trl": [*warmup, Step(8.0, 10.0, 1.0), Step(4.0, 20.0, 1.0), Step(6.0, 30.0, 1.0)],
+        "ours": [*warmup, Step(2.0, 10.0, 1.0), Step(2.0, 10.0, 1.0), Step(1.0, 10.0, 1.0)],
+    }
+    result = Result("peers", "?", [])
+    peers._add(result, "tiny", 6, steps)
+    (row,) = result.rows
+    assert row["ratio"] == "4.00 (2.00 .. 6.00)"
+    assert row["TRL s/step"] == 6.0 and row["katds s/step"] == pytest.approx(5 / 3)
+    assert row["TRL tok/s"] == 6 * 60 / 18 and row["katds tok/s"] == 6 * 30 / 5
+    assert row["TRL length"] == 20.0 and row["katds length"] == 10.0
+    assert len(result.samples) == 8 and [s["step"] for s in result.samples if s["system"] == "trl"] == [0, 1, 2, 3]
 
 
 @pytest.mark.slow
@@ -151,4 +228,5 @@ def test_smoke() -> None:
     for row in result.rows:
         assert row["TRL length"] == row["katds length"] == WORKLOADS["smoke"].new_tokens
     assert len(result.samples) == 2 * 3
+    assert result.settings["ranks"] == 2 and result.settings["shapes"] == ["smoke"]
     json.dumps(result.settings)

@@ -24,6 +24,7 @@ class Step(NamedTuple):
 
     seconds: float
     mean_tokens: float  # of a response
+    loss: float
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def race(contest: Contest) -> dict[str, list[Step]]:
     world, task = start_world(), contest.task
     if (workload := contest.workload) is not None:
         count = task.rollouts * world.size * task.steps
-        on_main(world.collective, lambda: build(workload, task.prompts.parent, count))
+        on_main(world.collective, lambda: build(workload, task.prompts.parent, count, precision=task.precision))
     # katds first: what TRL leaves behind in the process (DeepSpeed's linear, the global ZeRO-3 flag of transformers) is
     # then what it has alone.
     runs = open_runs(contest.recipes, contest.rules)
@@ -65,17 +66,25 @@ def race(contest: Contest) -> dict[str, list[Step]]:
         world.collective.barrier()
 
     def between(step: int) -> None:
-        for name, run in runs.items():
+        for name in rotated(list(runs), step):
+            run = runs[name]
             settle()
             start = time.perf_counter()
             run.trainer.step(step)
             settle()
             seconds = time.perf_counter() - start
-            steps[name].append(Step(seconds, run.monitor.last["rollout/length_mean"]))
+            last = run.monitor.last
+            steps[name].append(Step(seconds, last["rollout/length_mean"], last["loss/total"]))
         if world.is_main:
             say(f"step {step + 1} of {task.steps} done")
 
     return {"trl": [Step(*step) for step in train(task, settle, between)], **steps}
+
+
+def rotated(names: list[str], step: int) -> list[str]:
+    """Every name comes first in its turn: what a place in the round costs, all pay alike."""
+    first = step % len(names)
+    return names[first:] + names[:first]
 
 
 def train_first(recipe: dict[str, Any], steps: int, folder: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 from pathlib import Path
@@ -9,18 +10,32 @@ from typing import Any
 
 from katds.bench.contest import train_first
 from katds.bench.ranks import on_ranks
+from katds.bench.recipes import REPOSITORY, zero3
+from katds.bench.report import Result
+from katds.errors import ConfigError
 
-REPOSITORY = Path(__file__).parents[2]
 RECIPE = REPOSITORY / "launch" / "recipes" / "demo.yaml"
 MODELS = Path("runs/demo-models")  # where launch/prepare_demo.py is told to write them
-ZERO3 = REPOSITORY / "ds_configs" / "zero3_fp32.json"
+PARTS = ("train.jsonl", "student/config.json", "teacher/config.json")
 
 
 def missing(models: Path) -> str | None:
     """What is to be done where there are no demo models."""
-    if (models / "train.jsonl").exists():
+    absent = [part for part in PARTS if not (models / part).exists()]
+    if not absent:
         return None
-    return f"--demo-models: {models} holds no demo models. Run: python launch/prepare_demo.py --out {models}"
+    return f"--demo-models: {models} has no {absent[0]}, and so no demo models. Run: python launch/prepare_demo.py --out {models}"
+
+
+def possible(asked: list[str] | None, default: list[str], options: argparse.Namespace, result: Result) -> list[str]:
+    """The shapes to measure. Without the demo's models, "demo" is an error where it was asked for, and a note where it was not."""
+    shapes = asked or default
+    if "demo" not in shapes or not (remedy := missing(options.demo_models)):
+        return shapes
+    if asked:
+        raise ConfigError(remedy)
+    result.notes.append(f"Shape demo is left out: {remedy}.")
+    return [shape for shape in shapes if shape != "demo"]
 
 
 def recipe() -> dict[str, Any]:
@@ -37,8 +52,8 @@ def train_student(models: Path, steps: int, ranks: int, folder: Path) -> dict[st
     base = recipe()
     training = base | {
         "run": {"name": "training", "folder": str(folder)},
-        "student": {"path": str(models / "student"), "deepspeed": str(ZERO3)},
-        "teacher": base["teacher"] | {"path": str(models / "teacher"), "deepspeed": str(ZERO3)},
+        "student": {"path": str(models / "student"), "deepspeed": zero3("fp32")},
+        "teacher": base["teacher"] | {"path": str(models / "teacher"), "deepspeed": zero3("fp32")},
         "data": base["data"] | {"train": str(models / "train.jsonl")},
     }
     state: dict[str, Any] = on_ranks(ranks, train_first, training, steps, folder / "student")[0]

@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from katds.bench.arguments import positive
 from katds.bench.lengths import LENGTHS
 from katds.bench.report import Result
+from katds.errors import ConfigError
 
 HELP = "padding and waiting of packing plans, for 8 to 1024 simulated ranks"
 SMOKE = ["--ranks", "4", "--rollouts", "8", "--draws", "1"]
@@ -51,14 +53,16 @@ class Batches:
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 16, 64, 256, 1024], help="(default: %(default)s)")
-    parser.add_argument("--rollouts", type=int, default=32, help="per rank and step (default: %(default)s)")
+    parser.add_argument(
+        "--ranks", type=positive, nargs="+", default=[8, 16, 64, 256, 1024], help="default: %(default)s"
+    )
+    parser.add_argument("--rollouts", type=positive, default=32, help="per rank and step (default: %(default)s)")
     parser.add_argument("--lengths", nargs="+", choices=LENGTHS, default=list(LENGTHS), help="(default: all)")
     parser.add_argument(
         "--budget", type=float, default=4.0,
         help="tokens of a micro-batch, in rollouts of the greatest length (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--draws", type=int, default=5, help="steps drawn, seeds 0 .. (default: %(default)s)")
+    parser.add_argument("--draws", type=positive, default=5, help="steps drawn, seeds 0 .. (default: %(default)s)")
     parser.add_argument(
         "--weight", type=float,
         help="attention's true cost; a contender that knows it joins those that assume the default (default: the planner's)",
@@ -68,6 +72,8 @@ def options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> Result:
     from katds.core.packing import DEFAULT_ATTENTION_WEIGHT
 
+    if options.budget < 1:
+        raise ConfigError(f"--budget is {options.budget}, which has no room for the longest rollout. Give at least 1.")
     weight = DEFAULT_ATTENTION_WEIGHT if options.weight is None else options.weight
     rows, samples = [], []
     for name in options.lengths:

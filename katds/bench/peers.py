@@ -2,40 +2,44 @@
 
 Both start from the same student, read the same prompts in the same order, and run under ZeRO-3 in one process group: after each
 step of TRL, katds makes the step with the same number, in every variant. Shapes are those of `katds.bench.workloads`, and "demo": the
-models of launch/prepare_demo.py after some steps of training, where the stop rule KAT has work to do.
+models of launch/prepare_demo.py after some steps of training, where the stop rule KAT has work to do. All models are in memory at
+once; of the qwen shapes, which are for GPUs, katds therefore has one variant.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from katds.bench import demo
+from katds.bench.arguments import default_ranks, positive
 from katds.bench.contest import Contest, Step, race, say
 from katds.bench.ranks import on_ranks
-from katds.bench.report import Result
+from katds.bench.recipes import LR, MICRO_BATCH_TOKENS, recipe
+from katds.bench.report import Result, save, told
 from katds.bench.timing import ratio
-from katds.bench.workloads import WORKLOADS, Task, Workload
+from katds.bench.workloads import QWEN, WORKLOADS, Task, Workload
 from katds.errors import ConfigError
 
 HELP = "whole training steps against TRL's DistillationTrainer"
+NEEDS = ("trl",)
 SMOKE = ["--shapes", "smoke", "--steps", "1", "--gather", "once"]
 
+SHAPES = WORKLOADS | QWEN
 NEVER = {"kind": "never"}
 DEMO_ROLLOUTS = 64
 WARMUP = 1  # steps of each that are not counted
-LR = 1e-6  # so small that the rollouts stay as long as they are
 NOTES = [
     "ratio: seconds of TRL / seconds of katds for the step of the same number: median (lowest .. highest).",
-    "Equal on both sides: student, teacher, prompts of a step, rollouts, longest response, temperature 1 without top-p or top-k, "
-    f"fp32, learning rate {LR}, clipping at norm 1, AdamW. tok/s: response tokens written by all ranks per second of the whole step.",
+    "Equal on both sides: student, teacher, precision, prompts of a step, rollouts, longest response, temperature 1 without top-p or "
+    f"top-k, learning rate {LR}, clipping at norm 1, AdamW. tok/s: response tokens of all ranks per second of the whole step.",
     "TRL computes the reverse KL over the whole vocabulary, divided by the response tokens of all ranks: that of katds with loss "
     "full. Loss student_top_k is katds's default: the student's 64 best tokens and a tail bucket (16 in demo, as its recipe says).",
     "TRL's way: a rank writes all its rollouts as one padded batch until the last has ended on any rank, and learns from them padded; "
     "without CUDA its loss covers padding too. --trl-micro-batch splits its learning, not its writing.",
+    "TRL comes first in each round; the variants of katds take turns in coming next. loss (in the JSON file) is that of the step.",
     "never: no rollout is ended early, so that both write the same number of tokens, up to chance where lengths are random.",
 ]
 NOTES_DEMO = [
@@ -46,64 +50,51 @@ NOTES_DEMO = [
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    shapes = [*WORKLOADS, "demo"]
+    shapes = [*SHAPES, "demo"]
     parser.add_argument(
-        "--shapes", nargs="+", choices=shapes, metavar="SHAPE", help=f"of {', '.join(shapes)} (default: all but smoke)"
-    )
-    parser.add_argument("--steps", type=_count, default=3, help="counted steps of each (default: %(default)s)")
-    parser.add_argument("--ranks", type=_count, default=2, help="default: %(default)s")
+        "--shapes", nargs="+", choices=shapes, metavar="SHAPE",
+        help=f"of {', '.join(shapes)} (default: all but smoke and {', '.join(QWEN)})",
+    )  # fmt: skip
+    parser.add_argument("--steps", type=positive, default=5, help="counted steps of each (default: %(default)s)")
+    parser.add_argument("--ranks", type=positive, help="default: 2, but on CUDA no more than there are devices")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of both (default: %(default)s)")
     parser.add_argument(
-        "--chunk", type=_count, help="rollout.chunk_tokens of katds (default: 32, in demo what its recipe says)"
-    )
-    parser.add_argument("--micro-batch-tokens", type=_count, default=8192, help="of katds (default: %(default)s)")
-    parser.add_argument(
-        "--trl-micro-batch",
-        type=_count,
-        metavar="ROLLOUTS",
-        help="rollouts per forward of TRL (default: all of a rank)",
+        "--chunk", type=positive, help="rollout.chunk_tokens of katds (default: 32, in demo what its recipe says)"
     )
     parser.add_argument(
-        "--gather", nargs="+", choices=("once", "phase", "layer"), default=["once", "layer"],
-        help="teacher.gather of katds (default: once layer; demo: once)",
+        "--micro-batch-tokens", type=positive, default=MICRO_BATCH_TOKENS, help="of katds (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--trl-micro-batch", type=positive, metavar="ROLLOUTS", help="rollouts per forward of TRL (default: all of a rank)"
     )  # fmt: skip
     parser.add_argument(
-        "--demo-models",
-        type=Path,
-        default=demo.MODELS,
-        help="folder of launch/prepare_demo.py (default: %(default)s)",
+        "--gather", nargs="+", choices=("once", "phase", "layer"), default=["once", "layer"],
+        help=f"teacher.gather of katds (default: once layer; demo: once; {', '.join(QWEN)}: layer)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--demo-models", type=Path, default=demo.MODELS, help="folder of launch/prepare_demo.py (default: %(default)s)"
     )
     parser.add_argument(
-        "--demo-steps", type=_count, default=20, help="steps before the contest of the demo (default: %(default)s)"
+        "--demo-steps", type=positive, default=20, help="steps before the contest of the demo (default: %(default)s)"
     )
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
 
 
 def run(options: argparse.Namespace) -> Result:
-    if find_spec("trl") is None:
-        raise ConfigError("bench peers needs TRL, which is not installed. Run: pip install -e '.[bench]'")
-    shapes = options.shapes or [*(name for name in WORKLOADS if name != "smoke"), "demo"]
+    options.ranks = options.ranks or default_ranks()
     result = Result("peers", "how long does a training step take, here and with TRL?", [], notes=list(NOTES))
-    if "demo" in shapes and (remedy := demo.missing(options.demo_models)):
-        if options.shapes:
-            raise ConfigError(remedy)
-        shapes.remove("demo")
-        result.notes.append(f"Shape demo is left out: {remedy}.")
-    result.settings = {
-        key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items() if key != "out"
-    }
+    default = [*(name for name in WORKLOADS if name != "smoke"), "demo"]
+    shapes = demo.possible(options.shapes, default, options, result)
+    result.settings = told(options) | {"shapes": shapes}
     for shape in shapes:
         with tempfile.TemporaryDirectory() as folder:
             contest = _contest(shape, options, Path(folder))
             say(f"{shape}: TRL and katds ({' | '.join(contest.recipes)}), {WARMUP} + {options.steps} steps of each")
             steps = on_ranks(options.ranks, race, contest)[0]
         _add(result, shape, contest.task.rollouts * options.ranks, steps)
-    if "demo" in shapes:
-        result.notes += [note.format(steps=options.demo_steps) for note in NOTES_DEMO]
+        if shape == "demo":
+            result.notes += [note.format(steps=options.demo_steps) for note in NOTES_DEMO]
+        if "out" in options:
+            save(result, options.out)  # should a later shape take the process with it
     return result
 
 
@@ -130,7 +121,7 @@ def _add(result: Result, shape: str, rollouts: int, steps: dict[str, list[Step]]
 
 
 def _contest(shape: str, options: argparse.Namespace, folder: Path) -> Contest:
-    return _demo(options, folder) if shape == "demo" else _random(WORKLOADS[shape], options, folder)
+    return _demo(options, folder) if shape == "demo" else _random(SHAPES[shape], options, folder)
 
 
 def _random(workload: Workload, options: argparse.Namespace, folder: Path) -> Contest:
@@ -141,8 +132,10 @@ def _random(workload: Workload, options: argparse.Namespace, folder: Path) -> Co
         "rollout": {"chunk_tokens": options.chunk or 32},
     }
     variants = [("full", gather) for gather in options.gather] + [("student_top_k", options.gather[0])]
+    if workload.name in QWEN:
+        variants = [("full", "layer")]
     recipes = [_recipe(base, task, options, NEVER, support, gather) for support, gather in variants]
-    return Contest(task, {recipe["run"]["name"]: recipe for recipe in recipes}, workload)
+    return Contest(task, _named(recipes), workload)
 
 
 def _demo(options: argparse.Namespace, folder: Path) -> Contest:
@@ -154,10 +147,11 @@ def _demo(options: argparse.Namespace, folder: Path) -> Contest:
     demo.write_prompts(models, DEMO_ROLLOUTS * options.ranks * (WARMUP + options.steps), task.prompts)
     if options.chunk:
         base["rollout"]["chunk_tokens"] = options.chunk
-    variants = [(NEVER, "full"), (NEVER, "student_top_k"), (base["stop"], "student_top_k")]
-    recipes = [_recipe(base, task, options, stop, support, "once") for stop, support in variants]
-    names = [recipe["run"]["name"] for recipe in recipes]
-    return Contest(task, dict(zip(names, recipes, strict=True)), rules={names[-1]: state})
+    without, with_rule = (
+        _named([_recipe(base, task, options, stop, support, "once") for support in ("full", "student_top_k")])
+        for stop in (NEVER, base["stop"])
+    )
+    return Contest(task, without | with_rule, rules=dict.fromkeys(with_rule, state))
 
 
 def _task(options: argparse.Namespace, folder: Path, teacher: Path, rollouts: int, new_tokens: int) -> Task:
@@ -165,31 +159,26 @@ def _task(options: argparse.Namespace, folder: Path, teacher: Path, rollouts: in
     if rollouts % at_once:
         raise ConfigError(f"--trl-micro-batch is {at_once}, which does not divide the {rollouts} rollouts of a rank.")
     return Task(
-        folder / "student", teacher, folder / "prompts.jsonl", rollouts, at_once, new_tokens, WARMUP + options.steps, LR
-    )
+        folder / "student", teacher, folder / "prompts.jsonl", rollouts, at_once, new_tokens, WARMUP + options.steps, LR,
+        options.precision,
+    )  # fmt: skip
 
 
 def _recipe(
     base: dict[str, Any], task: Task, options: argparse.Namespace, stop: dict[str, Any], support: str, gather: str
 ) -> dict[str, Any]:
     """`base` with all that must be the same as in TRL."""
-    return base | {
-        "run": {"name": f"{stop['kind']}-{support}-{gather}", "folder": str(task.prompts.parent / "runs")},
-        "student": {"path": str(task.student), "deepspeed": str(demo.ZERO3)},
-        "teacher": {"path": str(task.teacher), "deepspeed": str(demo.ZERO3), "gather": gather},
-        "data": base["data"] | {"train": str(task.prompts), "shuffle": False},
-        "rollout": base["rollout"]
-        | {
-            "prompts_per_step": task.rollouts * options.ranks,
-            "max_new_tokens": task.new_tokens,
-            "slots": task.rollouts,
-            "top_p": 1.0,
-        },
-        "stop": stop,
-        "objective": {"kind": "reverse_kl", "support": support},
-        "train": {
-            "steps": task.steps,
-            "micro_batch_tokens": options.micro_batch_tokens,
-            "optimizer": {"lr": task.lr, "gradient_clip": 1.0},
-        },
-    }
+    rollout = {
+        "prompts_per_step": task.rollouts * options.ranks, "max_new_tokens": task.new_tokens, "slots": task.rollouts,
+        "top_p": 1.0,
+    }  # fmt: skip
+    base = base | {"rollout": base["rollout"] | rollout}
+    name = f"{stop['kind']}-{support}-{gather}"
+    return recipe(
+        base, task.prompts.parent, task.teacher, name, stop, task.steps, support, gather, task.precision,
+        options.micro_batch_tokens,
+    )  # fmt: skip
+
+
+def _named(recipes: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {recipe["run"]["name"]: recipe for recipe in recipes}

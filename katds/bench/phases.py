@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from katds.bench.arguments import default_ranks, positive
 from katds.bench.floors import Products, attention_seconds, copy_bandwidth
 from katds.bench.ranks import on_ranks
+from katds.bench.recipes import recipe
 from katds.bench.report import Result, told
 from katds.bench.workloads import WORKLOADS, Workload, build
 
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
 HELP = "where a step's time goes, phase by phase, against the bare matrix products"
 SMOKE = ["--shapes", "smoke", "--steps", "1"]
-ZERO3 = Path(__file__).parents[2] / "ds_configs"
 PHASES = {  # column -> clock
     "prefill": "rollout/prefill", "decode": "rollout/decode", "teacher": "rollout/teacher", "judge": "rollout/judge",
     "pack": "learn/pack", "update": "learn/optimizer",
@@ -129,19 +129,17 @@ def _measure(workload: Workload, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _recipe(workload: Workload, folder: Path, rollouts: int, settings: dict[str, Any]) -> dict[str, Any]:
-    zero3 = str(ZERO3 / f"zero3_{settings['precision']}.json")
-    return {
-        "run": {"name": "phases", "folder": str(folder / "runs")},
-        "student": {"path": str(folder / "student"), "deepspeed": zero3},
-        "teacher": {"path": str(folder / "teacher"), "deepspeed": zero3, "gather": settings["gather"]},
-        "data": {"train": str(folder / "prompts.jsonl"), "chat_template": False, "answer_column": None, "shuffle": False},
+    base = {
+        "data": {"chat_template": False, "answer_column": None},
         "rollout": {
             "prompts_per_step": rollouts, "max_new_tokens": workload.new_tokens, "slots": workload.rollouts,
             "chunk_tokens": settings["chunk"], "top_p": 1.0,
         },
-        "stop": {"kind": "never"},
-        "train": {"steps": settings["steps"] + 1, "micro_batch_tokens": 8192, "optimizer": {"lr": 1e-6}},
     }  # fmt: skip
+    return recipe(
+        base, folder, folder / "teacher", "phases", {"kind": "never"}, settings["steps"] + 1,
+        gather=settings["gather"], precision=settings["precision"],
+    )  # fmt: skip
 
 
 def _phases(last: dict[str, float], whole: float, punctual: float) -> dict[str, float]:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
+import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from katds.errors import ConfigError
+
+REPOSITORY = Path(__file__).parents[2]
 PACKAGES = ("katds", "torch", "deepspeed", "transformers", "trl", "liger-kernel", "flash-attn")
 
 
@@ -34,6 +40,12 @@ class Result:
     notes: list[str] = field(default_factory=list)
 
 
+def told(options: argparse.Namespace) -> dict[str, Any]:
+    """The options as JSON-compatible settings."""
+    settings = {key: value for key, value in vars(options).items() if key not in ("out", "sub")}
+    return {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
+
+
 def show(result: Result) -> str:
     """The result as text; the table is Markdown."""
     from tabulate import tabulate
@@ -42,13 +54,29 @@ def show(result: Result) -> str:
     return "\n".join([f"{result.name}: {result.question}", "", table, "", *(f"- {note}" for note in result.notes)])
 
 
+def claim(folder: Path) -> None:
+    """Makes the folder and tries it out: a measurement of an hour must not end in a place that cannot be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ConfigError(
+            f"--out: {folder} cannot be written to ({error.strerror}). Name a folder that can be, or one to be made."
+        ) from None
+
+
 def save(result: Result, folder: Path) -> Path:
-    """Writes FOLDER/NAME.json as a whole or not at all; an older file of the name is replaced."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Writes FOLDER/NAME.json as a whole or not at all; an older file of the name is replaced, but not by an empty table."""
+    if not result.rows:
+        raise ConfigError(
+            f"bench {result.name} measured nothing with these options, and nothing is written. Ask for more."
+        )
+    claim(folder)
     path = folder / f"{result.name}.json"
     record = {
         "command": " ".join(["python", *sys.argv]),
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "commit": commit(),
         "machine": machine(),
         "versions": versions(),
         **asdict(result),
@@ -57,6 +85,17 @@ def save(result: Result, folder: Path) -> Path:
     partial.write_text(json.dumps(record, indent=1) + "\n")
     partial.replace(path)
     return path
+
+
+def commit() -> str:
+    """Of the code that was measured, "-dirty" where it differs; results, which every benchmark changes, do not count."""
+    git = ["git", "-C", str(REPOSITORY)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "katds", "ds_configs"], capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return f"{head}-dirty" if changed.returncode else head
 
 
 def machine() -> dict[str, Any]:
@@ -88,10 +127,13 @@ def versions() -> dict[str, str]:
 
 
 def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    """Name, family and model: of a virtual machine the name alone says little."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = (line.partition(":") for line in (cpuinfo.read_text().splitlines() if cpuinfo.exists() else ()))
+    facts = {key.strip(): value.strip() for key, _, value in lines}
+    if "model name" not in facts:
+        return platform.processor() or platform.machine()
+    return ", ".join([facts["model name"], *(f"{key} {facts[key]}" for key in ("cpu family", "model") if key in facts)])
 
 
 def _short(value: Any) -> Any:

@@ -2,7 +2,8 @@
 
 The share of time saved over the share of tokens saved: 1 if every token saved its part of the time. Prompts are read and weights
 gathered with and without a rule, and a rollout is written to the end of its chunk; `reads saved` says what of the models' own work is left.
-Shapes are those of `katds.bench.workloads`, where half of each rollout is cut off, and "demo", where the rule is the recipe's KAT.
+Shapes are those of `katds.bench.workloads`, where half of each rollout is cut off, and "demo", where the rule is the recipe's KAT and the
+audit's rollouts (one of 16) are written to their end, as by default.
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from katds.bench import demo
+from katds.bench.arguments import default_ranks, positive
 from katds.bench.ranks import on_ranks
-from katds.bench.report import Result
+from katds.bench.recipes import recipe
+from katds.bench.report import Result, save, told
 from katds.bench.timing import spread
 from katds.bench.workloads import WORKLOADS, Workload, build
-from katds.errors import ConfigError
 
 HELP = "time saved by a stop rule against tokens saved, with it and without in turn"
 SMOKE = ["--shapes", "smoke", "--steps", "1"]
 SHAPES = ("tiny", "small", "long")
 WARMUP = 1
-LR = 1e-6  # so small that all steps start from the same student
 NOTES = [
     "saved: 1 - with the rule / without, of all counted steps. rollout phase: prefill, decoding, the teacher and the rule.",
     "time / tokens: share of time saved over share of tokens saved, of all counted steps, and (least .. greatest) of a single one.",
@@ -39,31 +40,27 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shapes", nargs="+", choices=choices, metavar="SHAPE", help=f"of {', '.join(choices)} (default: {' '.join(SHAPES)} demo)"
     )  # fmt: skip
-    parser.add_argument("--steps", type=int, default=4, help="counted steps of each (default: %(default)s)")
-    parser.add_argument("--ranks", type=int, default=2, help="default: %(default)s")
+    parser.add_argument("--steps", type=positive, default=4, help="counted steps of each (default: %(default)s)")
+    parser.add_argument("--ranks", type=positive, help="default: 2, but on CUDA no more than there are devices")
     parser.add_argument("--demo-models", type=Path, default=demo.MODELS, help="default: %(default)s")
     parser.add_argument(
-        "--demo-steps", type=int, default=20, help="of training before the demo's turns (default: %(default)s)"
+        "--demo-steps", type=positive, default=20, help="of training before the demo's turns (default: %(default)s)"
     )
 
 
 def run(options: argparse.Namespace) -> Result:
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k not in ("out", "sub")}
-    result = Result(
-        "savings", "does a token that is not written become time?", [], settings=settings, notes=list(NOTES)
-    )
-    shapes = options.shapes or [*SHAPES, "demo"]
-    if "demo" in shapes and (remedy := demo.missing(options.demo_models)):
-        if options.shapes:
-            raise ConfigError(remedy)
-        shapes.remove("demo")
-        result.notes.append(f"Shape demo is left out: {remedy}.")
+    options.ranks = options.ranks or default_ranks()
+    result = Result("savings", "does a token that is not written become time?", [], notes=list(NOTES))
+    shapes = demo.possible(options.shapes, [*SHAPES, "demo"], options, result)
+    result.settings = told(options) | {"shapes": shapes}
     for shape in shapes:
         print(f"savings: {shape}", file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory() as name:
             steps = _demo(options, Path(name)) if shape == "demo" else _random(WORKLOADS[shape], options, Path(name))
         result.rows.append({"shape": shape, **_row(steps)})
         result.samples += [{"shape": shape, "rule": rule, **step} for rule, taken in steps.items() for step in taken]
+        if "out" in options:
+            save(result, options.out)  # should a later shape take the process with it
     return result
 
 
@@ -73,6 +70,8 @@ def _random(workload: Workload, options: argparse.Namespace, folder: Path) -> di
     base = {
         "data": {"chat_template": False, "answer_column": None, "max_prompt_tokens": workload.prompt_tokens},
         "rollout": {
+            "prompts_per_step": count,
+            "audit_fraction": 0.0,
             "max_new_tokens": workload.new_tokens,
             "slots": workload.rollouts,
             "chunk_tokens": min(32, workload.new_tokens // 4),
@@ -83,8 +82,7 @@ def _random(workload: Workload, options: argparse.Namespace, folder: Path) -> di
         "never": {"kind": "never"},
         "half": {"kind": "prefix", "tokens": workload.new_tokens // 2},
     }
-    recipes = {name: _recipe(base, folder, folder / "teacher", count, rule, options) for name, rule in rules.items()}
-    return _turns(recipes, {}, options)
+    return _turns(base, folder, folder / "teacher", rules, {}, options)
 
 
 def _demo(options: argparse.Namespace, folder: Path) -> dict[str, list[dict[str, float]]]:
@@ -92,29 +90,16 @@ def _demo(options: argparse.Namespace, folder: Path) -> dict[str, list[dict[str,
     count = base["rollout"]["prompts_per_step"]
     state = demo.train_student(options.demo_models, options.demo_steps, options.ranks, folder)
     demo.write_prompts(options.demo_models, count * (WARMUP + options.steps), folder / "prompts.jsonl")
-    teacher = options.demo_models / "teacher"
     rules = {"never": {"kind": "never"}, "kat": base["stop"]}
-    recipes = {name: _recipe(base, folder, teacher, count, rule, options) for name, rule in rules.items()}
-    return _turns(recipes, {"kat": state}, options)
-
-
-def _recipe(
-    base: dict[str, Any], folder: Path, teacher: Path, count: int, stop: dict[str, Any], options: argparse.Namespace
-) -> dict[str, Any]:
-    return base | {
-        "run": {"name": stop["kind"], "folder": str(folder / "runs"), "rollout_samples": 0},
-        "student": {"path": str(folder / "student"), "deepspeed": str(demo.ZERO3)},
-        "teacher": {"path": str(teacher), "deepspeed": str(demo.ZERO3), "gather": "once"},
-        "data": base["data"] | {"train": str(folder / "prompts.jsonl"), "shuffle": False},
-        "rollout": base["rollout"] | {"prompts_per_step": count},
-        "stop": stop,
-        "train": {"steps": WARMUP + options.steps, "micro_batch_tokens": 8192, "optimizer": {"lr": LR}},
-    }
+    return _turns(base, folder, options.demo_models / "teacher", rules, {"kat": state}, options)
 
 
 def _turns(
-    recipes: dict[str, dict[str, Any]], states: dict[str, Any], options: argparse.Namespace
-) -> dict[str, list[dict[str, float]]]:
+    base: dict[str, Any], folder: Path, teacher: Path, rules: dict[str, Any], states: dict[str, Any],
+    options: argparse.Namespace,
+) -> dict[str, list[dict[str, float]]]:  # fmt: skip
+    count = WARMUP + options.steps
+    recipes = {name: recipe(base, folder, teacher, name, stop, count) for name, stop in rules.items()}
     steps: dict[str, list[dict[str, float]]] = on_ranks(options.ranks, take_turns, recipes, states, options.steps)[0]
     return steps
 

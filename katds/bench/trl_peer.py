@@ -41,6 +41,7 @@ class Turns(TrainerCallback):
         self._start = 0.0
         self.seconds: list[float] = []
         self.lengths: list[float] = []
+        self.losses: list[float] = []
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self._settle()
@@ -58,16 +59,18 @@ class Turns(TrainerCallback):
     def on_log(self, *_: Any, logs: dict[str, float] | None = None, **__: Any) -> None:
         if logs and "completions/mean_length" in logs:
             self.lengths.append(logs["completions/mean_length"])
+            self.losses.append(logs["loss"])
 
 
-def train(task: Task, settle: Callable[[], Any], between: Callable[[int], None]) -> list[tuple[float, float]]:
-    """Collective: seconds and mean response of TRL's `task.steps` steps, with `between(step)` after each.
+def train(task: Task, settle: Callable[[], Any], between: Callable[[int], None]) -> list[tuple[float, float, float]]:
+    """Collective: seconds, mean response and loss of TRL's `task.steps` steps, with `between(step)` after each.
 
     `torch.nn.functional.linear` must be PyTorch's own when this is called.
     """
     transformers_logging.disable_progress_bar()
     turns = Turns(settle, between)
-    dtype = torch.float32
+    half = task.precision == "bf16"
+    dtype = torch.bfloat16 if half else torch.float32
     student = AutoModelForCausalLM.from_pretrained(task.student, dtype=dtype)
     teacher = AutoModelForCausalLM.from_pretrained(task.teacher, dtype=dtype)
     rows = [json.loads(line) for line in task.prompts.read_text().splitlines()]
@@ -79,7 +82,7 @@ def train(task: Task, settle: Callable[[], Any], between: Callable[[int], None])
             args=DistillationConfig(
                 output_dir=folder, max_steps=task.steps, per_device_train_batch_size=task.at_once,
                 gradient_accumulation_steps=task.rollouts // task.at_once, max_completion_length=task.new_tokens,
-                temperature=1.0, top_p=1.0, top_k=0, beta=1.0, learning_rate=task.lr, bf16=False, fp16=False,
+                temperature=1.0, top_p=1.0, top_k=0, beta=1.0, learning_rate=task.lr, bf16=half, fp16=False,
                 gradient_checkpointing=False, shuffle_dataset=False, logging_steps=1, save_strategy="no", report_to=[],
                 use_cpu=not torch.cuda.is_available(), disable_tqdm=True, deepspeed=ZERO3,
             ),
@@ -89,4 +92,4 @@ def train(task: Task, settle: Callable[[], Any], between: Callable[[int], None])
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    return list(zip(turns.seconds, turns.lengths, strict=True))
+    return list(zip(turns.seconds, turns.lengths, turns.losses, strict=True))

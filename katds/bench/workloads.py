@@ -24,21 +24,33 @@ SPECIALS = ("<pad>", "<eos>")
 # become denormal numbers, which a CPU computes slowly.
 LOGIT = 20.0
 QUIET = 0.01  # scale of what the layers write
+# A random row of the embedding is at most this part of `LOGIT` as long as channel 0 is high, however wide the model: standard
+# deviation x root of the width <= 0.64 x LOGIT / root of the width.
+NOISE = 0.64 * LOGIT
 
 
 @dataclass(frozen=True)
 class Size:
-    """A Qwen3 model; about 12 hidden^2 x layers + vocabulary x hidden parameters."""
+    """A Qwen3 model.
+
+    Args:
+        heads: of the queries, of the keys, and the width of one; by default those of about 12 hidden^2 parameters a layer.
+        tied: the head is the embedding.
+    """
 
     hidden: int
     layers: int
+    heads: tuple[int, int, int] | None = None
+    tied: bool = True
 
     def config(self, vocabulary: int) -> dict[str, Any]:
-        heads = max(4, self.hidden // 64)
+        count = max(4, self.hidden // 64)
+        heads, kv_heads, width = self.heads or (count, count // 2, self.hidden // count)
         return {
             "vocab_size": vocabulary, "hidden_size": self.hidden, "intermediate_size": 3 * self.hidden,
-            "num_hidden_layers": self.layers, "num_attention_heads": heads, "num_key_value_heads": heads // 2,
-            "head_dim": self.hidden // heads, "max_position_embeddings": 8192, "tie_word_embeddings": True,
+            "num_hidden_layers": self.layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
+            "head_dim": width, "max_position_embeddings": 8192, "tie_word_embeddings": self.tied,
+            "initializer_range": min(0.02, NOISE / self.hidden),
             "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None,
         }  # fmt: skip
 
@@ -75,6 +87,7 @@ class Task:
         rollouts: per rank and step.
         at_once: of these, how many a peer puts into one forward.
         lr: learning rate.
+        precision: "fp32", or "bf16" with an optimizer in fp32.
     """
 
     student: Path
@@ -85,6 +98,7 @@ class Task:
     new_tokens: int
     steps: int
     lr: float
+    precision: str = "fp32"
 
 
 TINY = (Size(128, 4), Size(256, 6), 2048)  # 1.05 M and 5.2 M parameters
@@ -100,17 +114,31 @@ WORKLOADS = {
     )
 }
 
+# Of Qwen3 0.6B, 1.7B and 8B.
+QWEN_8B = Size(4096, 36, (32, 8, 128), tied=False)
+QWEN = {
+    w.name: w
+    for w in (
+        Workload("qwen-0.6b", Size(1024, 28, (16, 8, 128)), QWEN_8B, 151936, rollouts=16, new_tokens=512),
+        Workload("qwen-1.7b", Size(2048, 28, (16, 8, 128)), QWEN_8B, 151936, rollouts=16, new_tokens=512),
+    )
+}
 
-def build(workload: Workload, root: Path, prompts: int, seed: int = 0) -> Path:
+
+def build(workload: Workload, root: Path, prompts: int, seed: int = 0, precision: str = "fp32") -> Path:
     """Writes student/, teacher/ and prompts.jsonl below `root`."""
     import torch
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    fastest = "cuda" if torch.cuda.is_available() else "cpu"
     for role, size in (("student", workload.student), ("teacher", workload.teacher)):
         torch.manual_seed(2 * seed + (role == "teacher"))
         folder = root / role
-        _model(size, workload).save_pretrained(folder)
+        with torch.device(fastest):
+            model = _model(size, workload)
+        (model.bfloat16() if precision == "bf16" else model).save_pretrained(folder)
+        del model
         _tokenizer(workload.vocabulary).save_pretrained(folder)
     rows = ({"prompt": text} for text in _prompts(workload, prompts, random.Random(seed)))
     (root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -149,12 +177,15 @@ def _model(size: Size, workload: Workload) -> Any:
             for writer in (layer.self_attn.o_proj, layer.mlp.down_proj):
                 writer.weight *= QUIET
                 writer.weight[0] = 0.0
-        table = model.model.embed_tokens.weight
-        table[:, 0] = sign
-        table[len(SPECIALS) + half :, 0] = -sign
-        table[0, 0] = 0.0
-        table[1] = 0.0
-        table[1, 0] = _end_sign(model, half, workload.mean_short) if workload.mean_short else 0.0
+        tables = (model.model.embed_tokens.weight, model.lm_head.weight)  # one and the same if tied
+        for table in tables:
+            table[:, 0] = sign
+            table[len(SPECIALS) + half :, 0] = -sign
+            table[0, 0] = 0.0
+            table[1] = 0.0
+        end = _end_sign(model, half, workload.mean_short) if workload.mean_short else 0.0
+        for table in tables:
+            table[1, 0] = end
     model.generation_config = GenerationConfig(eos_token_id=1, pad_token_id=0, do_sample=True)
     return model
 

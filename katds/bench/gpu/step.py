@@ -16,6 +16,7 @@ import torch
 
 from katds.bench.gpu.machine import GIB, Bench, Case, columns
 from katds.bench.ranks import on_ranks
+from katds.bench.recipes import recipe
 from katds.bench.workloads import WORKLOADS, build
 
 
@@ -48,24 +49,21 @@ def whole_steps(shape: str, weights: str, fast: bool, steps: int, dtype: str) ->
     assert world.collective.sum(torch.ones(2)).tolist() == [world.size] * 2 and world.collective.gather(world.rank) == [
         0
     ]
-    zero3 = Path(__file__).parents[3] / "ds_configs" / f"zero3_{'bf16' if dtype == 'torch.bfloat16' else 'fp32'}.json"
     said = io.StringIO()  # standard output is for the table
     with tempfile.TemporaryDirectory() as name, redirect_stdout(said):
         folder = build(workload, Path(name), workload.rollouts * (steps + 1))
-        run = open_run(
-            Recipe.model_validate({
-                "run": {"name": "step", "folder": str(folder / "runs"), "rollout_samples": 0},
-                "student": {"path": str(folder / "student"), "deepspeed": str(zero3)},
-                "teacher": {"path": str(folder / "teacher"), "deepspeed": str(zero3), "gather": "phase"},
-                "data": {"train": str(folder / "prompts.jsonl"), "chat_template": False, "answer_column": None},
-                "rollout": {
-                    "prompts_per_step": workload.rollouts, "max_new_tokens": workload.new_tokens,
-                    "slots": workload.rollouts, "chunk_tokens": 32, "weights": weights, "fast_decode": fast,
-                },
-                "stop": {"kind": "never"},
-                "train": {"steps": steps + 1, "micro_batch_tokens": 8192},
-            })
-        )  # fmt: skip
+        base = {
+            "data": {"chat_template": False, "answer_column": None},
+            "rollout": {
+                "prompts_per_step": workload.rollouts, "max_new_tokens": workload.new_tokens, "slots": workload.rollouts,
+                "chunk_tokens": 32, "weights": weights, "fast_decode": fast,
+            },
+        }  # fmt: skip
+        precision = "bf16" if dtype == "torch.bfloat16" else "fp32"
+        made = recipe(
+            base, folder, folder / "teacher", "step", {"kind": "never"}, steps + 1, gather="phase", precision=precision
+        )
+        run = open_run(Recipe.model_validate(made))
 
         def settle() -> None:
             if device.type == "cuda":

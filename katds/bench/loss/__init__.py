@@ -9,23 +9,28 @@ that is checked: losses and gradients have to agree with katds before anything i
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
+from katds.bench.arguments import positive
 from katds.bench.loss.contenders import TOLERANCE, Case
-from katds.bench.report import Result
+from katds.bench.report import Result, save, told
 from katds.bench.timing import alternate, ratio, spread
+from katds.errors import ConfigError
 
 HELP = "time and memory of the loss and its gradients, against plain autograd and liger-kernel"
 SMOKE = ["--cases", "512,32,64,float32,tied", "--repetitions", "1"]
 CASES = (
     "2048,128,2048,float32,tied",
     "16384,384,2048,float32,tied",
+    "32768,1024,512,float32,tied",
     "32768,1024,512,float32,untied",
-    "32768,1024,512,bfloat16,tied",
-    "32768,1024,1024,bfloat16,tied",
+    "32768,1024,1024,float32,untied",
+    "151936,1024,512,bfloat16,tied",
     "151936,1024,512,bfloat16,untied",
+    "151936,1024,1024,bfloat16,untied",
 )
 
 
@@ -35,11 +40,11 @@ def options(parser: argparse.ArgumentParser) -> None:
         help=f"vocabulary, hidden size, tokens, float32 or bfloat16, tied or untied (default: {' '.join(CASES)})",
     )  # fmt: skip
     parser.add_argument("--supports", nargs="+", choices=("top-k", "full"), default=["top-k", "full"])
-    parser.add_argument("--repetitions", type=int, default=3, help="(default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU (default: %(default)s)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--repetitions", type=positive, default=3, help="(default: %(default)s)")
+    parser.add_argument("--threads", type=positive, default=1, help="of torch on the CPU (default: %(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
     parser.add_argument(
-        "--liger-chunk", type=int, default=256, help="rows of liger-kernel's chunks; its own default is 1024 (default: %(default)s)"
+        "--liger-chunk", type=positive, default=256, help="rows of liger-kernel's chunks; its own default is 1024 (default: %(default)s)"
     )  # fmt: skip
 
 
@@ -49,24 +54,27 @@ def run(options: argparse.Namespace) -> Result:
     from katds.bench.loss.contenders import contenders, disagreement, make_inputs
     from katds.bench.loss.memory import peak_bytes
 
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device is cuda, but there is no CUDA device. Use --device cpu, or run it on a GPU.")
     torch.set_num_threads(options.threads)
-    rows, samples = [], []
+    result = Result("loss", "what do the loss and its gradients cost, in time and in memory?", [], notes=_notes())
+    result.settings = told(options) | {"cases": [vars(case) for case in options.cases]}
     for case in options.cases:
         inputs = make_inputs(case, torch.device(options.device))
         for support in options.supports:
             runs = contenders(inputs, support, options.liger_chunk)
             name = {**vars(case), "support": support}
+            print(f"loss: {name}", file=sys.stderr, flush=True)
             # Memory first, while this process has freed nothing that a child could use again.
             peaks = {contender: peak_bytes(run, inputs) for contender, run in runs.items()}
             apart = disagreement(runs, inputs, case.dtype)
             # The comparison has warmed everything up.
             seconds = alternate(runs, options.repetitions, warmup=0, settle=_settle(options.device))
-            samples.append({**name, "seconds": seconds, "bytes": peaks})
-            rows.append({**name, **_row(seconds, peaks, apart)})
-    settings = {key: getattr(options, key) for key in ("repetitions", "threads", "device", "liger_chunk", "supports")}
-    settings["cases"] = [vars(case) for case in options.cases]
-    question = "what do the loss and its gradients cost, in time and in memory?"
-    return Result("loss", question, rows, samples, settings, _notes())
+            result.samples.append({**name, "seconds": seconds, "bytes": peaks})
+            result.rows.append({**name, **_row(seconds, peaks, apart)})
+        if "out" in options:
+            save(result, options.out)  # should a later case take the process with it
+    return result
 
 
 def _row(seconds: dict[str, list[float]], peaks: dict[str, int], apart: float) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, NamedTuple
 
+from katds.bench.arguments import positive
+
 if TYPE_CHECKING:
     import torch
 
@@ -34,7 +36,9 @@ class Case:
         fields = text.split(",")
         if len(fields) != 5 or fields[3] not in TOLERANCE or fields[4] not in ("tied", "untied"):
             raise argparse.ArgumentTypeError(f"{text!r} is not V,H,T,float32|bfloat16,tied|untied")
-        vocabulary, hidden, tokens = map(int, fields[:3])
+        vocabulary, hidden, tokens = map(positive, fields[:3])
+        if vocabulary <= TOP:
+            raise argparse.ArgumentTypeError(f"{text!r}: the vocabulary has to be larger than the top {TOP}")
         return cls(vocabulary, hidden, tokens, *fields[3:])
 
 
