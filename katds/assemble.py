@@ -55,6 +55,8 @@ def assemble(
         monitor.phase,
         speaker(world, monitor.say),
     )
+    if rollout.overlap and world.device.type != "cuda":
+        monitor.say("warning: rollout.overlap needs a GPU; here it only costs a chunk per rollout")
     total = inputs.steps * recipe.train.minibatches
     learner = Learner(
         student, teacher, objective, world.collective,
@@ -107,7 +109,7 @@ def make_evaluator(
     settings = recipe.evaluation
     sampling = Sampling(settings.temperature, top_p=settings.top_p)
     # Evaluations are rare: between them their cache is not worth its memory.
-    sizes = replace(engine_settings(recipe, facts, world, sampling), keep_decoder=False)
+    sizes = replace(engine_settings(recipe, facts, world, sampling), keep_decoder=False, overlap=False)
     engine = RolloutEngine(student, None, NeverRule(), frozenset(), world.collective, sizes, clock, say)
     return Evaluator(
         engine, list(prompts), settings.samples, settings.k or settings.samples,
@@ -127,6 +129,7 @@ def engine_settings(recipe: Recipe, facts: ModelFacts, world: World, sampling: S
         world.device,
         fast_decode=rollout.fast_decode,
         keep_decoder=rollout.weights == "copy",
+        overlap=rollout.overlap,
     )
 
 

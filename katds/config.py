@@ -79,6 +79,11 @@ class RolloutConfig(Section):
         "copy: an inference copy, refreshed after each update; it stays in place, so that CUDA graphs and the key cache outlive "
         "the phase, and costs every rank the weights once more",
     )
+    overlap: bool = Field(
+        False,
+        description="on a GPU, write the next chunk while the teacher reads the last one, on a second stream; every rollout then "
+        "writes one chunk in vain",
+    )
     fast_decode: bool = Field(
         True,
         description="leave operator calls out where possible: C code on the CPU, CUDA graphs on a GPU; false: the model's "

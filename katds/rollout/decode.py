@@ -30,6 +30,14 @@ class Chunk:
     top_ids_SCK: torch.Tensor | None  # int64, the student's K most probable tokens
     top_logprobs_SCK: torch.Tensor | None  # float32
 
+    def take(self, slots: Sequence[int]) -> Chunk | None:
+        """The chunk of these slots, in their order; None of none."""
+        if not slots:
+            return None
+        at = upload(torch.tensor(slots), self.tokens_SC.device)
+        fields = (self.inputs_SC, self.tokens_SC, self.top_ids_SCK, self.top_logprobs_SCK)
+        return Chunk(*(None if field is None else field[at] for field in fields))  # type: ignore[arg-type]
+
 
 class Decoder:
     """Decodes chunks for the live seats of one rank.
@@ -62,12 +70,22 @@ class Decoder:
         with torch.inference_mode():
             self._model(self._tensor(tokens), positions, plan, None, cache=self._cache)
 
-    def decode(self, seats: Sequence[Seat], tokens: int) -> Chunk:
-        """Writes `tokens` tokens in every seat. One host-to-device copy before, none after, no synchronisation."""
-        state = [(s.pending, s.position, key(*self._origin, s.request.id), len(s.response)) for s in seats]
+    def decode(self, seats: Sequence[Seat], tokens: int, flight: Chunk | None = None) -> Chunk:
+        """Writes `tokens` tokens in every seat. One host-to-device copy before, none after, no synchronisation.
+
+        `flight`: a chunk of the first seats that the host has not seen yet; they go on from its end.
+        """
+        flying, width = (0, 0) if flight is None else flight.tokens_SC.shape
+        ahead = [width if slot < flying else 0 for slot in range(len(seats))]
+        state = [
+            (seat.pending, seat.position + more, key(*self._origin, seat.request.id), len(seat.response) + more)
+            for seat, more in zip(seats, ahead, strict=True)
+        ]
         pending, positions, keys, counters = self._tensor(list(zip(*state, strict=True)))
+        if flight is not None:
+            pending = torch.cat([flight.tokens_SC[:, -1], pending[flying:]])
         random_CS = uniforms(keys, counters + torch.arange(tokens, device=counters.device)[:, None])
-        longest = max(seat.position for seat in seats)
+        longest = max(seat.position + more for seat, more in zip(seats, ahead, strict=True))
         inputs, written, ids, logprobs = [], [], [], []
         with torch.inference_mode():  # a tenth faster than no_grad; what is stacked outside are ordinary tensors again
             for step in range(tokens):

@@ -1,5 +1,7 @@
 """The rollout engine: rounds of { admit | student decodes C tokens | teacher scores them | stop rule judges | retire }.
 
+With `overlap` the teacher scores, and the rule judges, the chunk before the one that is being decoded.
+
 Invariants: rollouts depend on the request, the seed and the models only, not on slots, chunk size, rank or world size.
 Every rank makes the same number of rounds, with one control reduction each; decoding itself has no collective.
 """
@@ -26,6 +28,7 @@ from katds.models.step import StepMaker
 from katds.rollout.decode import Chunk, Decoder
 from katds.rollout.sampling import Sampling
 from katds.rollout.scorer import Scores, TeacherForward, TeacherScorer
+from katds.rollout.side import Side
 from katds.rollout.signal_log import SignalLog, first_rows
 from katds.rollout.slots import Seat, Slots, assign
 
@@ -44,6 +47,7 @@ class EngineSettings:
 
     keep_decoder: between phases, keep the student's cache and whatever was made for its decode steps (CUDA graphs). Only for a
     student whose weights stay where they are; the learner then has that much less memory.
+    overlap: decode the next chunk while the teacher reads the last one. A rollout that has ended then writes one more in vain.
     """
 
     slots: int
@@ -56,6 +60,7 @@ class EngineSettings:
     keep_divergences: bool = True
     fast_decode: bool = True
     keep_decoder: bool = False
+    overlap: bool = False
 
 
 @dataclass(slots=True)
@@ -119,7 +124,8 @@ class RolloutEngine:
         self._finite = True
         # Audit rollouts run to their natural end and are the longest: begun first, they do not prolong the phase.
         queue = sorted(requests, key=lambda request: not request.audit)
-        done, signal = [], SignalLog()
+        done: list[tuple[Rollout, list[tuple[int, int]]]] = []
+        signal = SignalLog()
         lend = self._teacher or nullcontext
         with self._student.decoding() as model, lend() as teacher:
             phase = self._start(model, teacher, requests, stream)
@@ -128,10 +134,12 @@ class RolloutEngine:
                 if not busy:
                     break
                 self.stats.rounds += 1
-                chunk = self._write(phase, leaders)
-                scores = self._score(phase, leaders, chunk)
-                if chunk is not None:
-                    done += self._judge(phase, chunk, scores, signal)
+                written = self._write(phase, leaders)
+                chunk, phase.flight = (phase.flight, written) if self._settings.overlap else (written, None)
+                with phase.side.open():
+                    scores = self._score(phase, leaders, chunk)
+                    ended = [] if chunk is None else self._judge(phase, chunk, scores, signal, done)
+                self._retire(phase, ended)
             del phase  # the caches, before the signal is laid end to end
         done.sort(key=lambda pair: pair[0].id)
         return RolloutBatch([rollout for rollout, _ in done], signal.collect([rows for _, rows in done]))
@@ -141,19 +149,19 @@ class RolloutEngine:
     ) -> _Phase:
         """The caches of one rollout phase. They are freed at its end, when the learner needs the memory; with `keep_decoder`, all but
         the student's."""
-        # A slot may overshoot its end by less than a chunk.
-        length = (
-            max((len(r.prompt.token_ids) + r.max_new_tokens for r in requests), default=1) + self._settings.chunk_tokens
-        )
+        # A slot may overshoot its end by less than a chunk, and by the one in flight.
+        overshoot = self._settings.chunk_tokens * (2 if self._settings.overlap else 1)
+        length = max((len(r.prompt.token_ids) + r.max_new_tokens for r in requests), default=1) + overshoot
         slots = min(self._settings.slots, max(len(requests), 1))
         cache, step = self._steps(model, slots, length, self._settings.device)
         sampling, seed = self._settings.sampling, self._settings.seed
         decoder = Decoder(model, step, cache, sampling, self._top_k, seed, stream)
+        side = Side(self._settings.device, self._settings.overlap)
         if teacher is None:
-            return _Phase(Slots(slots), [cache], decoder, None)
+            return _Phase(Slots(slots), cache, None, decoder, None, side)
         read = SlotCache(slots, length, self._settings.device)
         scorer = TeacherScorer(teacher, read, self._needs, self._top_k > 0, self._settings.top_k, sampling.scale)
-        return _Phase(Slots(slots), [cache, read], decoder, scorer)
+        return _Phase(Slots(slots), cache, read, decoder, scorer, side)
 
     def _admit(self, slots: Slots, queue: list[RolloutRequest]) -> tuple[dict[int, int], bool]:
         """Collective: the round's control reduction. Returns the followers' leaders, and whether any rank is busy."""
@@ -179,7 +187,7 @@ class RolloutEngine:
         with self._clock("prefill"):
             phase.decoder.prefill(seats, leaders)
         with self._clock("decode"):
-            chunk = phase.decoder.decode(seats, self._settings.chunk_tokens)
+            chunk = phase.decoder.decode(seats, self._settings.chunk_tokens, phase.flight)
         self.stats.decoded_tokens += chunk.tokens_SC.numel()
         self.stats.decode_steps[len(seats)] += chunk.tokens_SC.shape[1]
         return chunk
@@ -193,9 +201,14 @@ class RolloutEngine:
         return scores
 
     def _judge(
-        self, phase: _Phase, chunk: Chunk, scores: Scores, signal: SignalLog
-    ) -> list[tuple[Rollout, list[tuple[int, int]]]]:
-        """Reads the chunk on the host (the round's one synchronisation), asks the rule, retires what has ended."""
+        self,
+        phase: _Phase,
+        chunk: Chunk,
+        scores: Scores,
+        signal: SignalLog,
+        done: list[tuple[Rollout, list[tuple[int, int]]]],
+    ) -> list[int]:
+        """Reads the chunk on the host (the round's one synchronisation) and asks the rule; returns the slots that have ended."""
         with self._clock("judge"):
             tokens_SC = chunk.tokens_SC.tolist()
             empty: list[list[float]] = [[0.0] * len(row) for row in tokens_SC]
@@ -204,10 +217,9 @@ class RolloutEngine:
                 self._finite = False  # told to all ranks in the next round, so that they end together
                 return []
             first_row = signal.add(scores.signal)
-            ended, done = [], []
-            for slot, (seat, tokens, divergences) in enumerate(
-                zip(phase.slots.seats, tokens_SC, divergences_SC, strict=True)
-            ):
+            ended = []
+            for slot, (tokens, divergences) in enumerate(zip(tokens_SC, divergences_SC, strict=True)):
+                seat = phase.slots.seats[slot]
                 before = len(seat.response)
                 reason = self._advance(seat, tokens, divergences, scored=scores.divergences_SC is not None)
                 seat.spans.append((first_row + slot * len(tokens), len(seat.response) - before))
@@ -217,17 +229,30 @@ class RolloutEngine:
                     self.stats.tokens += len(rollout.response_ids)
                     ended.append(slot)
                     done.append((rollout, first_rows(seat.spans, rollout.kept)))
-            for source, target in phase.slots.retire(ended):
-                for cache in phase.caches:
-                    cache.move(source, target, phase.slots.seats[target].position)
-            return done
+            return ended
+
+    def _retire(self, phase: _Phase, ended: Sequence[int]) -> None:
+        """Frees slots: the last live ones move into their places, with their keys and what they have in flight."""
+        for seat in phase.slots.seats:
+            seat.fresh = False
+        order = list(range(len(phase.slots.seats)))
+        flying = 0 if phase.flight is None else phase.flight.tokens_SC.shape[1]
+        for source, target in phase.slots.retire(ended):
+            order[target] = source
+            tokens = phase.slots.seats[target].position
+            phase.cache.move(source, target, tokens + flying)
+            if phase.read is not None:
+                with phase.side.open():
+                    phase.read.move(source, target, tokens)
+        if phase.flight is not None and ended:
+            phase.flight = phase.flight.take(order[: len(phase.slots.seats)])
+        phase.side.mark()
 
     def _advance(self, seat: Seat, tokens: list[int], divergences: list[float], scored: bool) -> StopReason | None:
         """Appends the chunk to the seat up to its end; returns why it ended, or None.
 
         Order of checks: a natural end at the very token at which the rule would fire is a natural end.
         """
-        seat.fresh = False
         written, reason = self._natural_end(seat, tokens)
         cut = self._rule.observe(seat.request, divergences[:written])
         if cut is not None and (reason is None or cut.at < len(seat.response) + written):
@@ -263,6 +288,9 @@ class _Phase:
     """What lives for one call of `generate`."""
 
     slots: Slots
-    caches: list[SlotCache]
+    cache: SlotCache  # of the student
+    read: SlotCache | None  # of the teacher
     decoder: Decoder
     scorer: TeacherScorer | None
+    side: Side
+    flight: Chunk | None = None  # written by the live slots, not yet judged

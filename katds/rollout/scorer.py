@@ -7,6 +7,7 @@ dummy token where it has nothing to score.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -74,17 +75,27 @@ class TeacherScorer:
 
     @torch.no_grad()
     def score(self, seats: Sequence[Seat], leaders: Mapping[int, int], chunk: Chunk | None) -> Scores:
-        """Collective where the teacher is sharded. Scores `chunk` of `seats`; without a chunk feeds a dummy token."""
-        if chunk is None:
+        """Collective where the teacher is sharded. Scores `chunk`, which the first of `seats` have written, and reads the prompts
+        of fresh seats; without anything to read feeds a dummy token."""
+        judged, width = (0, 0) if chunk is None else chunk.inputs_SC.shape
+        first = len(seats) - sum(seat.fresh for seat in seats) + len(leaders)  # from here on prompts are read
+        uniform = min(first, judged)
+        starts = [0 if slot >= first else seat.position for slot, seat in enumerate(seats)]
+        counts = [
+            seat.position - start + (width if slot < judged else 0)
+            for slot, (seat, start) in enumerate(zip(seats, starts, strict=True))
+        ]
+        if not any(counts):
             return self._dummy()
-        width = chunk.inputs_SC.shape[1]
-        fresh_leaders = sum(seat.fresh for seat in seats) - len(leaders)
-        uniform = len(seats) - fresh_leaders
-        starts = [0 if slot >= uniform else seat.position for slot, seat in enumerate(seats)]
-        counts = [seat.position - start + width for seat, start in zip(seats, starts, strict=True)]
-        copies = [(leader, slot, seats[slot].position) for slot, leader in leaders.items()]
+        if not any(counts[uniform:]):
+            starts, counts = starts[:uniform], counts[:uniform]
+        copies = [(leader, slot, seats[slot].position) for slot, leader in leaders.items() if leader < len(counts)]
         plan, positions = ragged_plan(self._cache, 0, starts, counts, uniform, copies)
-        tokens, rows = self._layout(seats, uniform, counts, chunk.inputs_SC)
+        prompts = [seat.request.prompt.token_ids[:-1] if slot >= first else () for slot, seat in enumerate(seats)]
+        tokens, rows = self._layout(prompts[uniform : len(counts)], counts, chunk)
+        if chunk is None:
+            self._teacher(tokens, positions, plan, lambda *_: None, rows=rows, cache=self._cache)
+            return Scores({}, None, tokens.shape[0])
         signal = self._teacher(tokens, positions, plan, self._head(chunk), rows=rows, cache=self._cache)
         divergences = self._divergences(signal, chunk)
         if Need.STUDENT_TOP_K in self._needs:
@@ -95,24 +106,28 @@ class TeacherScorer:
         return Scores(signal, divergences, tokens.shape[0])
 
     def _layout(
-        self, seats: Sequence[Seat], uniform: int, counts: Sequence[int], inputs_SC: torch.Tensor
+        self, prompts: Sequence[Sequence[int]], counts: Sequence[int], chunk: Chunk | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The flat input tokens, and which of them are scored (None: all)."""
-        if uniform == len(seats):
-            return inputs_SC.flatten(), None
-        width = inputs_SC.shape[1]
-        prompts: list[int] = []
+        """The flat input tokens, and which of them are scored (None: all). `prompts` are those of the last slots."""
+        uniform = len(counts) - len(prompts)
+        written = self._nothing() if chunk is None else chunk.inputs_SC
+        judged, width = written.shape
+        if not prompts:
+            return written.flatten(), None
         rows, at = list(range(uniform * width)), uniform * width
-        for slot in range(uniform, len(seats)):
-            prompts += seats[slot].request.prompt.token_ids[:-1]
-            rows += range(at + counts[slot] - width, at + counts[slot])
-            at += counts[slot]
-        host = torch.tensor(prompts + rows, dtype=torch.int64)
-        read, rows_N = upload(host, inputs_SC.device).split([len(prompts), len(rows)])
-        pieces = [inputs_SC[:uniform].flatten()]
-        for slot, prompt in enumerate(read.split([count - width for count in counts[uniform:]]), uniform):
-            pieces += [prompt, inputs_SC[slot]]
+        for slot, count in enumerate(counts[uniform:], uniform):
+            at += count
+            rows += range(at - width if slot < judged else at, at)
+        flat = list(itertools.chain.from_iterable(prompts))
+        host = torch.tensor(flat + rows, dtype=torch.int64)
+        read, rows_N = upload(host, self._cache.device).split([len(flat), len(rows)])
+        pieces = [written[:uniform].flatten()]
+        for slot, prompt in enumerate(read.split([len(prompt) for prompt in prompts]), uniform):
+            pieces += [prompt, written[slot : slot + 1].flatten()]
         return torch.cat(pieces), rows_N
+
+    def _nothing(self) -> torch.Tensor:
+        return torch.zeros(0, 0, dtype=torch.int64, device=self._cache.device)
 
     def _head(self, chunk: Chunk) -> Callable[..., dict[Field, torch.Tensor]]:
         actions = chunk.tokens_SC.flatten()

@@ -107,6 +107,32 @@ def test_the_teacher_reads_every_token_once_in_one_forward_a_round(chunk: int) -
     assert writer.stats.decoded_tokens == sum(-(-r.request.max_new_tokens // chunk) * chunk for r in rollouts)
 
 
+def test_reading_beside_writing_costs_a_chunk_per_rollout() -> None:
+    """One teacher forward a round still, which reads what was written in the round before; nothing is read twice."""
+    pair, requests, chunk = models(), mixed_requests(), 5
+    teacher = Counted(pair.teacher)
+    writer = engine(pair, kat(None), NEEDS, teacher=teacher, slots=len(requests), chunk_tokens=chunk, overlap=True)
+    rollouts = writer.generate(requests, 0).rollouts
+    chunks = [-(-r.request.max_new_tokens // chunk) for r in rollouts]
+    assert len(teacher.forwards) == writer.stats.rounds == max(chunks) + 1
+    prompt_tokens = sum(len(prompt.token_ids) - 1 for prompt in {r.prompt for r in requests})
+    assert sum(teacher.forwards) == prompt_tokens + sum(chunks) * chunk
+    assert writer.stats.decoded_tokens == (sum(chunks) + len(rollouts)) * chunk
+
+
+@pytest.mark.gpu
+def test_the_teacher_reads_beside_the_student_on_cuda() -> None:
+    """The same rollouts and scores as in turn, with a stream of its own."""
+    pair, requests = models(torch.float32, device="cuda", head_dim=64), mixed_requests(audit_every=4)
+    batches = [
+        engine(pair, kat(None), NEEDS, slots=3, chunk_tokens=4, overlap=overlap).generate(requests, 0)
+        for overlap in (False, True)
+    ]
+    in_turn, beside = ([r.response_ids for r in batch.rollouts] for batch in batches)
+    assert in_turn == beside
+    torch.testing.assert_close(batches[0].signal, batches[1].signal, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("lengths", [[20, 4, 4, 4, 4, 4], [4, 4, 4, 4, 4, 20]])
 def test_time_saved_by_short_rollouts_is_saved(lengths: list[int]) -> None:
     """A freed slot takes the next request in the next round; the long audit rollout begins first wherever it stands."""

@@ -67,8 +67,9 @@ def test_any_slots_and_chunks_give_the_same_rollouts(kind: str, sampling: Sampli
     reasons = {r.reason for r in expected.rollouts}
     assert reasons == {StopReason.EOS, StopReason.LENGTH} | ({StopReason(kind)} if kind != "never" else set())
     for slots, chunk in SHAPES:
-        batch = write(RULES[kind](threshold), requests, slots=slots, chunk_tokens=chunk, sampling=sampling)
-        assert_same(batch, expected)
+        for overlap in (False, True):
+            sizes = {"slots": slots, "chunk_tokens": chunk, "overlap": overlap}
+            assert_same(write(RULES[kind](threshold), requests, sampling=sampling, **sizes), expected)
 
 
 def test_the_order_of_requests_does_not_matter() -> None:
@@ -134,7 +135,8 @@ def _two_steps(pair: Models, collective: Collective) -> list[tuple[Any, ...]]:
     for rule in (kat(None), RandomRule(5, 2, 18), NeverRule()):
         for step, first in enumerate((40, 55)):
             requests = mixed_requests(first, audit_every=4)
-            shape = {"slots": 3, "chunk_tokens": 5 + collective.size, "eos_ids": EOS, "sampling": FILTERED}
+            size = collective.size
+            shape = {"slots": 3, "chunk_tokens": 5 + size, "eos_ids": EOS, "sampling": FILTERED, "overlap": size == 4}
             writer = engine(pair, rule, NEEDS, collective, **shape)
             batch = writer.generate(requests, step)
             rule.finish_step(collective, first, len(requests))
@@ -167,25 +169,26 @@ def test_any_world_size_gives_the_same_rollouts(size: int) -> None:
             assert scores == pytest.approx(other_scores, abs=1e-9)
 
 
-def _sharded(root: Path, requests: list[RolloutRequest], counts: list[int]) -> list[tuple[Any, ...]]:
+def _sharded(root: Path, requests: list[RolloutRequest], counts: list[int], overlap: bool) -> list[tuple[Any, ...]]:
     world = start_world()
     teacher = load_frozen(root, deepspeed_json(), VOCABULARY)
     result = []
     for count in counts:
-        writer = engine(models(torch.float32), kat(None), NEEDS, world.collective, teacher)
+        writer = engine(models(torch.float32), kat(None), NEEDS, world.collective, teacher, overlap=overlap)
         batch = writer.generate(requests[:count], 3)
         result.append((facts(batch), [r.divergences for r in batch.rollouts], writer.stats.rounds))
     return result
 
 
-def test_idle_ranks_keep_a_sharded_teacher_company(zoo: Path) -> None:
+@pytest.mark.parametrize("overlap", [False, True])
+def test_idle_ranks_keep_a_sharded_teacher_company(zoo: Path, overlap: bool) -> None:
     """Fewer requests than ranks, and none at all: every forward of the ZeRO-3 teacher is a collective, so a rank that
     skips one hangs the others until the time limit."""
     requests, counts = mixed_requests(samples=1), [1, 0, 3]
     whole = FlatCausalLM(
         Qwen3ForCausalLM.from_pretrained(zoo / "teacher", attn_implementation="katds").eval(), VOCABULARY
     )
-    ranks = run_ranks(2, _sharded, zoo / "teacher", requests, counts)
+    ranks = run_ranks(2, _sharded, zoo / "teacher", requests, counts, overlap)
     for count, *results in zip(counts, *ranks, strict=True):
         alone = engine(models(torch.float32), kat(None), NEEDS, teacher=whole).generate(requests[:count], 3)
         assert sorted(fact for result in results for fact in result[0]) == facts(alone)

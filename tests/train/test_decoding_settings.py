@@ -43,13 +43,23 @@ def test_a_run_without_fast_decoding_writes_the_same(base: Path, tmp_path: Path)
         assert rollouts_of(plain, step) == rollouts_of(seen, step)
 
 
+def test_a_run_whose_teacher_reads_beside_writes_the_same(base: Path, tmp_path: Path) -> None:
+    """The prompts are read in other forwards, so no more than the same tokens and cuts can be asked for."""
+    _, seen = full_run(base, 2)
+    beside = json.loads(json.dumps(train(2, build_recipe(tmp_path, "beside", rollout={"overlap": True}))))
+    for step in range(STEPS):
+        assert rollouts_of(beside, step) == rollouts_of(seen, step)
+
+
 @pytest.mark.parametrize(("fast", "kept"), [(True, "view"), (False, "copy")])
 def test_the_engine_gets_what_the_recipe_says(fast: bool, kept: str) -> None:
     models: dict[str, Any] = {"student": {"path": "s"}, "teacher": {"path": "t"}, "data": {"train": "d"}}
-    recipe = Recipe.model_validate({"run": {"name": "r"}, "rollout": {"fast_decode": fast, "weights": kept}, **models})
+    recipe = Recipe.model_validate(
+        {"run": {"name": "r"}, "rollout": {"fast_decode": fast, "weights": kept, "overlap": fast}, **models}
+    )
     world, facts = SimpleNamespace(device=torch.device("cpu")), SimpleNamespace(eos_ids=(1,))
     settings = assemble.engine_settings(recipe, facts, world, Sampling())  # type: ignore[arg-type]
-    assert (settings.fast_decode, settings.keep_decoder) == (fast, kept == "copy")
+    assert (settings.fast_decode, settings.keep_decoder, settings.overlap) == (fast, kept == "copy", fast)
 
 
 def test_every_node_says_why_it_decodes_slowly(

@@ -19,23 +19,28 @@ from katds.bench.ranks import on_ranks
 from katds.bench.recipes import recipe
 from katds.bench.workloads import WORKLOADS, build
 
+WAYS: list[dict[str, Any]] = [  # sections `rollout`
+    {"weights": "view", "fast_decode": True}, {"weights": "view", "fast_decode": False},
+    {"weights": "copy", "fast_decode": False}, {"weights": "copy", "fast_decode": True},
+    {"weights": "copy", "fast_decode": True, "overlap": True},
+]  # fmt: skip
+
 
 def cases(bench: Bench) -> Iterator[Case]:
-    for weights in ("copy",) if bench.toy else ("view", "copy"):
-        for fast in (True,) if bench.toy else (True, False):
-            title = f"{'smoke' if bench.toy else 'small'} models, {weights}{', fast decode' if fast else ''}"
-            yield title, partial(_whole, bench, weights, fast)
+    for way in WAYS[3:4] if bench.toy else WAYS:
+        title = ", ".join(f"{name} {value}" for name, value in way.items())
+        yield f"{'smoke' if bench.toy else 'small'} models, {title}", partial(_whole, bench, way)
 
 
-def _whole(bench: Bench, weights: str, fast: bool) -> dict[str, Any]:
-    arguments = ("smoke" if bench.toy else "small", weights, fast, 1 if bench.toy else 4, str(bench.dtype))
+def _whole(bench: Bench, way: dict[str, Any]) -> dict[str, Any]:
+    arguments = ("smoke" if bench.toy else "small", way, 1 if bench.toy else 4, str(bench.dtype))
     if bench.toy and bench.device.type == "cpu":
         return whole_steps(*arguments)  # a process of its own takes longer than the rest of the toy run
     row: dict[str, Any] = on_ranks(1, whole_steps, *arguments)[0]
     return row
 
 
-def whole_steps(shape: str, weights: str, fast: bool, steps: int, dtype: str) -> dict[str, Any]:
+def whole_steps(shape: str, way: dict[str, Any], steps: int, dtype: str) -> dict[str, Any]:
     """Collective: training steps through `katds.run`, after one that is not counted; and the collectives' self-test."""
     from katds.config import Recipe
     from katds.parallel.world import start_world
@@ -56,7 +61,7 @@ def whole_steps(shape: str, weights: str, fast: bool, steps: int, dtype: str) ->
             "data": {"chat_template": False, "answer_column": None},
             "rollout": {
                 "prompts_per_step": workload.rollouts, "max_new_tokens": workload.new_tokens, "slots": workload.rollouts,
-                "chunk_tokens": 32, "weights": weights, "fast_decode": fast,
+                "chunk_tokens": 32, **way,
             },
         }  # fmt: skip
         precision = "bf16" if dtype == "torch.bfloat16" else "fp32"
