@@ -35,6 +35,7 @@ help:  ## show this text
 venv: $(STAMP)  ## make .venv with all that test, demo and check need
 
 test: $(STAMP)  ## run the tests
+	@command -v cc >/dev/null || echo 'There is no C compiler: the tests of the C code are skipped, and decoding is slower.' >&2
 	$(RUN) -m pytest -n $(WORKERS) $(ARGS)
 
 demo: $(STAMP)  ## train a tiny pair of models from a bad student to a good one, in minutes, without a GPU
