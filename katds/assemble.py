@@ -55,8 +55,8 @@ def assemble(
         monitor.phase,
         speaker(world, monitor.say),
     )
-    if rollout.overlap and world.device.type != "cuda":
-        monitor.say("warning: rollout.overlap needs a GPU; here it only costs a chunk per rollout")
+    if rollout.overlap and (reason := _no_overlap(recipe, inputs, world)):
+        monitor.say(f"warning: rollout.overlap only costs a chunk per rollout here: {reason}")
     total = inputs.steps * recipe.train.minibatches
     learner = Learner(
         student, teacher, objective, world.collective,
@@ -77,6 +77,15 @@ def assemble(
         evaluate_every=recipe.evaluation.every,
         checkpoint_every=recipe.checkpoint.every,
     )  # fmt: skip
+
+
+def _no_overlap(recipe: Recipe, inputs: Inputs, world: World) -> str | None:
+    """Why the teacher will not read beside the student."""
+    if world.device.type != "cuda":
+        return "there is no GPU"
+    if recipe.teacher.gather == "layer" and inputs.teacher_json["zero_optimization"].get("overlap_comm") is False:
+        return "overlap_comm is false in teacher.deepspeed, so its gathers queue behind the student's chunk"
+    return None
 
 
 def speaker(world: World, say: Callable[[str], None]) -> Callable[[str], None]:

@@ -20,7 +20,8 @@ from katds.parallel.deepspeed_config import read_deepspeed_json
 # What may change when a run is resumed: where things lie and how fast they go, not what is computed.
 _FREE = (
     "run.name", "run.folder", "run.resume", "run.rollout_samples", "student.path", "student.deepspeed", "teacher.path",
-    "teacher.deepspeed", "teacher.gather", "data.train", "rollout.slots", "rollout.chunk_tokens", "train.steps", "train.epochs",
+    "teacher.deepspeed", "teacher.gather", "data.train", "rollout.slots", "rollout.chunk_tokens",
+    "rollout.weights", "rollout.fast_decode", "rollout.overlap", "train.steps", "train.epochs",
     "train.micro_batch_tokens", "train.activation_checkpointing", "evaluation", "checkpoint",
 )  # fmt: skip
 
@@ -78,12 +79,7 @@ def load_eval_prompts(recipe: Recipe, tokenizer: Any) -> PromptSet:
 
 def identity(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
     """What must be the same in a run that is resumed: everything that decides what is computed."""
-    free = {key for key in _FREE if "." in key}
-    settings = {
-        key: value
-        for key, value in _flat(recipe.model_dump(mode="json"))
-        if key not in free and key.partition(".")[0] not in _FREE
-    }
+    settings = {key: value for key, value in _flat(recipe.model_dump(mode="json")) if not is_free(key)}
     return {
         **settings,
         "train.steps": inputs.steps,
@@ -91,6 +87,11 @@ def identity(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
         "student.path (contents)": _model_digest(recipe.student.path),
         "teacher.path (contents)": _model_digest(recipe.teacher.path),
     }
+
+
+def is_free(setting: str) -> bool:
+    """Whether a setting, or the section it is in, may change when a run is resumed."""
+    return setting in _FREE or setting.partition(".")[0] in _FREE
 
 
 def fingerprint(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from katds.core.collective import Collective
 from katds.data.grading import make_grader
 from katds.errors import CheckpointError, ConfigError, first_sentence
 from katds.evaluation.metrics import Scores
-from katds.inputs import Inputs, fingerprint, identity, load_eval_prompts, read_inputs
+from katds.inputs import Inputs, fingerprint, identity, is_free, load_eval_prompts, read_inputs
 from katds.models.checks import check_models
 from katds.parallel import checkpoint
 from katds.parallel.agree import on_main, same_everywhere, together, visible_everywhere
@@ -109,7 +109,8 @@ def _claim(folder: Path, recipe: Recipe, mine: Mapping[str, Any]) -> checkpoint.
     found = checkpoint.find_newest(folder / "checkpoints") if recipe.run.resume else None
     if found is not None:
         saved = found.state.get("identity", {})
-        for field in sorted(mine.keys() | saved.keys()):
+        # An older katds may have saved what is free to change by now.
+        for field in sorted(mine.keys() | {key for key in saved if not is_free(key)}):
             if saved.get(field) != mine.get(field):
                 raise CheckpointError(
                     f"{field} is {mine.get(field)!r}, but {found.folder} was written with {saved.get(field)!r}. "

@@ -9,7 +9,8 @@ stream, [slots, Hkv, length, D], which a decode step on the CPU reads three time
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from transformers.cache_utils import Cache
@@ -59,7 +60,7 @@ class SlotCache(Cache):
 
     def reserve(self, layers: int, heads: int, dim: int, dtype: torch.dtype) -> None:
         """Allocates buffers for the first so many layers where they are missing."""
-        with torch.inference_mode(False):  # written in either mode later on
+        with torch.inference_mode(False), _on_default_stream(self.device):  # written in either mode later on
             while len(self._keys) < layers:
                 new = torch.empty(0, dtype=dtype, device=self.device)
                 shape = (self.length, heads) if is_flash(new) else (heads, self.length)
@@ -78,6 +79,19 @@ class SlotCache(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0
+
+
+@contextmanager
+def _on_default_stream(device: torch.device) -> Iterator[None]:
+    """Memory allocated within can be used again by whoever comes after, not only by the stream that it is first used on."""
+    if device.type != "cuda":
+        yield
+        return
+    default, current = torch.cuda.default_stream(device), torch.cuda.current_stream(device)
+    with torch.cuda.stream(default):
+        yield
+    if current != default:
+        current.wait_stream(default)
 
 
 def uniform_plan(cache: SlotCache, slots: torch.Tensor, positions: torch.Tensor, keys: int) -> SlotPlan:

@@ -163,7 +163,7 @@ def load_student(
     skeleton = _skeleton(model.model, vocabulary)
     engine, *_ = deepspeed.initialize(model=model, optimizer=_adamw(model, config, optimizer), config=config)
     engine.train()
-    return ZeroStudent(engine, skeleton, path, keep_copy, not checkpointing and _released(engine.module, config))
+    return ZeroStudent(engine, skeleton, path, keep_copy, not checkpointing and _released(engine))
 
 
 def load_frozen(path: Path, user_config: dict[str, Any], vocabulary: int, gather: str = "layer") -> ZeroFrozen:
@@ -202,11 +202,11 @@ def _linear_as(linear: Any) -> Iterator[None]:
         torch.nn.functional.linear = before
 
 
-def _released(model: Any, config: dict[str, Any]) -> bool:
-    """Whether ZeRO-3 lets go of weights between forward and backward at all: not those of a model that is below its limits."""
-    zero = config["zero_optimization"]
-    kept = min(zero.get(name, 1e9) for name in ("stage3_max_live_parameters", "stage3_max_reuse_distance"))
-    return sum(p.ds_numel for p in model.parameters()) > kept
+def _released(engine: Any) -> bool:
+    """Whether ZeRO-3 lets go of weights between forward and backward at all: it keeps those that are used again within so many
+    parameters, and the first layer is used again after all others, twice."""
+    kept = min(engine.zero_max_live_parameters(), engine.zero_max_reuse_distance() / 2)
+    return sum(p.ds_numel for p in engine.module.parameters()) > float(kept)
 
 
 def _skeleton(model: nn.Module, vocabulary: int) -> FlatCausalLM:

@@ -109,6 +109,7 @@ class RolloutEngine:
         self._needs = needs
         self._top_k = settings.top_k if rule.needs_divergence or Need.STUDENT_TOP_K in needs else 0
         self._steps = StepMaker(settings.fast_decode, settings.keep_decoder, say)
+        self._side = Side(settings.device, settings.overlap)
         self.stats = EngineStats()
         self._finite = True  # of this rank's divergences
 
@@ -129,20 +130,34 @@ class RolloutEngine:
         lend = self._teacher or nullcontext
         with self._student.decoding() as model, lend() as teacher:
             phase = self._start(model, teacher, requests, stream)
-            while True:
-                leaders, busy = self._admit(phase.slots, queue)
-                if not busy:
-                    break
-                self.stats.rounds += 1
-                written = self._write(phase, leaders)
-                chunk, phase.flight = (phase.flight, written) if self._settings.overlap else (written, None)
-                with phase.side.open():
-                    scores = self._score(phase, leaders, chunk)
-                    ended = [] if chunk is None else self._judge(phase, chunk, scores, signal, done)
-                self._retire(phase, ended)
+            self._side.mark()
+            try:
+                self._rounds(phase, queue, signal, done)
+            finally:
+                self._side.join()
             del phase  # the caches, before the signal is laid end to end
         done.sort(key=lambda pair: pair[0].id)
         return RolloutBatch([rollout for rollout, _ in done], signal.collect([rows for _, rows in done]))
+
+    def _rounds(
+        self,
+        phase: _Phase,
+        queue: list[RolloutRequest],
+        signal: SignalLog,
+        done: list[tuple[Rollout, list[tuple[int, int]]]],
+    ) -> None:
+        """Collective: rounds until no rank has anything left to write."""
+        while True:
+            leaders, busy = self._admit(phase.slots, queue)
+            if not busy:
+                break
+            self.stats.rounds += 1
+            written = self._write(phase, leaders)
+            chunk, phase.flight = (phase.flight, written) if self._settings.overlap else (written, None)
+            with self._side.open():
+                scores = self._score(phase, leaders, chunk)
+                ended = [] if chunk is None else self._judge(phase, chunk, scores, signal, done)
+            self._retire(phase, ended)
 
     def _start(
         self, model: FlatCausalLM, teacher: TeacherForward | None, requests: Sequence[RolloutRequest], stream: int
@@ -156,12 +171,11 @@ class RolloutEngine:
         cache, step = self._steps(model, slots, length, self._settings.device)
         sampling, seed = self._settings.sampling, self._settings.seed
         decoder = Decoder(model, step, cache, sampling, self._top_k, seed, stream)
-        side = Side(self._settings.device, self._settings.overlap)
         if teacher is None:
-            return _Phase(Slots(slots), cache, None, decoder, None, side)
+            return _Phase(Slots(slots), cache, None, decoder, None)
         read = SlotCache(slots, length, self._settings.device)
         scorer = TeacherScorer(teacher, read, self._needs, self._top_k > 0, self._settings.top_k, sampling.scale)
-        return _Phase(Slots(slots), cache, read, decoder, scorer, side)
+        return _Phase(Slots(slots), cache, read, decoder, scorer)
 
     def _admit(self, slots: Slots, queue: list[RolloutRequest]) -> tuple[dict[int, int], bool]:
         """Collective: the round's control reduction. Returns the followers' leaders, and whether any rank is busy."""
@@ -242,11 +256,11 @@ class RolloutEngine:
             tokens = phase.slots.seats[target].position
             phase.cache.move(source, target, tokens + flying)
             if phase.read is not None:
-                with phase.side.open():
+                with self._side.open():
                     phase.read.move(source, target, tokens)
         if phase.flight is not None and ended:
             phase.flight = phase.flight.take(order[: len(phase.slots.seats)])
-        phase.side.mark()
+        self._side.mark()
 
     def _advance(self, seat: Seat, tokens: list[int], divergences: list[float], scored: bool) -> StopReason | None:
         """Appends the chunk to the seat up to its end; returns why it ended, or None.
@@ -292,5 +306,4 @@ class _Phase:
     read: SlotCache | None  # of the teacher
     decoder: Decoder
     scorer: TeacherScorer | None
-    side: Side
     flight: Chunk | None = None  # written by the live slots, not yet judged

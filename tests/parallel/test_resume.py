@@ -177,6 +177,7 @@ CHANGES = [
 ]
 FREE = [
     ("rollout", {"slots": 3, "chunk_tokens": 9}),
+    ("rollout", {"weights": "copy", "fast_decode": False, "overlap": True}),
     ("train", {"micro_batch_tokens": 50, "activation_checkpointing": True}),
     ("run", {"rollout_samples": 0}),
     ("checkpoint", {"every": 1, "keep": 5}),
@@ -194,7 +195,8 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     shutil.copy(root / "train.jsonl", root / "moved.jsonl")
     claim(recipe)
     made = Recipe.model_validate(recipe)
-    mine = identity(made, read_inputs(made))
+    # As an older katds would have written it, for which other settings were not free.
+    mine = identity(made, read_inputs(made)) | {"rollout.weights": "view", "rollout.slots": 1, "evaluation.samples": 77}
     store(root / "runs" / "a" / "checkpoints", lambda: {"identity": mine}).save(2)
     return recipe | {"run": recipe["run"] | {"resume": True}}
 

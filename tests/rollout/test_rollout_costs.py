@@ -122,12 +122,16 @@ def test_reading_beside_writing_costs_a_chunk_per_rollout() -> None:
 
 @pytest.mark.gpu
 def test_the_teacher_reads_beside_the_student_on_cuda() -> None:
-    """The same rollouts and scores as in turn, with a stream of its own."""
+    """The same rollouts and scores as in turn, with a stream of its own, in every phase of an engine, in the same memory."""
     pair, requests = models(torch.float32, device="cuda", head_dim=64), mixed_requests(audit_every=4)
-    batches = [
-        engine(pair, kat(None), NEEDS, slots=3, chunk_tokens=4, overlap=overlap).generate(requests, 0)
-        for overlap in (False, True)
-    ]
+    batches, reserved = [], []
+    for overlap in (False, True):
+        writer = engine(pair, kat(None), NEEDS, slots=3, chunk_tokens=4, overlap=overlap)
+        for _ in range(4):
+            batch = writer.generate(requests, 0)
+            reserved.append(torch.cuda.memory_reserved())
+        batches.append(batch)
+    assert reserved[-1] == reserved[-2], f"phases take more and more memory: {reserved}"
     in_turn, beside = ([r.response_ids for r in batch.rollouts] for batch in batches)
     assert in_turn == beside
     torch.testing.assert_close(batches[0].signal, batches[1].signal, rtol=0, atol=1e-4)

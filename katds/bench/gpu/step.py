@@ -83,7 +83,7 @@ def whole_steps(shape: str, way: dict[str, Any], steps: int, dtype: str) -> dict
             settle()
             seconds.append(time.perf_counter() - start)
         run.monitor.close()
-    memory = torch.cuda.max_memory_allocated() / GIB if device.type == "cuda" else None
+    memory = torch.cuda.max_memory_reserved() / GIB if device.type == "cuda" else None
     hear(said.getvalue(), device)
     return {**columns(seconds[1:], run.trainer.engine.stats.tokens), "GiB": memory}
 

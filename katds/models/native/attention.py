@@ -146,6 +146,9 @@ def _call(
     """k and v: [tokens, Hkv, D], or [places, tokens, Hkv, D]."""
     if not len(runs):
         return
+    assert q.shape[-1] == k.shape[-1] == v.shape[-1], (
+        f"heads of {q.shape[-1]}, {k.shape[-1]} and {v.shape[-1]} dimensions"
+    )
     blas, parallel = functions()
     place = [x.stride(-3) if x.dim() == 3 else x.stride(0) for x in (k, v)]
     longest, threads = int((runs[:, 1] + runs[:, 3]).max()), torch.get_num_threads()

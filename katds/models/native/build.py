@@ -133,14 +133,14 @@ def _publish(built: Path, cached: Path) -> None:
     """Puts the library where later processes look for it.
 
     The first of many ranks wins. A link, not a replacement: on a network file system, replacing a library kills the
-    processes on other nodes that have it mapped. One that nobody can load is in nobody's use.
+    processes on other nodes that have it mapped. One that cannot be loaded here is put aside, not removed, for the same reason.
     """
     cached.parent.mkdir(parents=True, exist_ok=True)
     with suppress(FileNotFoundError):
         try:
             ctypes.CDLL(str(cached))
         except OSError:
-            cached.unlink()
+            cached.rename(cached.with_suffix(".unloadable"))
     with tempfile.TemporaryDirectory(dir=cached.parent) as folder:
         whole = Path(folder) / cached.name
         shutil.copyfile(built, whole)
