@@ -21,9 +21,10 @@ from katds.inputs import Inputs
 from katds.models.checks import ModelFacts
 from katds.parallel.world import World
 from katds.parallel.zero import ZeroFrozen, ZeroStudent
-from katds.rollout.engine import EngineSettings, PhaseClock, RolloutEngine, StudentSource
+from katds.rollout.engine import PhaseClock, RolloutEngine, StudentSource
 from katds.rollout.requests import RequestStream
 from katds.rollout.sampling import Sampling
+from katds.rollout.sizes import EngineSettings
 from katds.train.learner import Learner
 from katds.train.monitor import Monitor
 from katds.train.schedule import cosine_with_warmup

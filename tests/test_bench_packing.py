@@ -21,8 +21,9 @@ from katds.core.collective import Solo
 from katds.core.packing import DEFAULT_ATTENTION_WEIGHT, Plan, imbalance
 from katds.core.stop.simple import NeverRule
 from katds.parallel.world import ProcessCollective
-from katds.rollout.engine import EngineSettings, RolloutEngine
+from katds.rollout.engine import RolloutEngine
 from katds.rollout.sampling import Sampling
+from katds.rollout.sizes import EngineSettings
 from katds.rollout.slots import Slots
 
 

@@ -1,22 +1,15 @@
 """Attention over packed sequences and over slots, as one function that transformers models call through their
 attention interface (`attn_implementation="katds"`). The models themselves stay untouched.
 
-Every forward of katds runs on a flat row of tokens [1, N] without padding. A plan, passed through the model as a
-keyword argument, says which tokens belong together:
+A plan of `katds.models.plans`, passed through the model as a keyword argument, says which tokens belong together.
 
-- `PackedPlan`: training. Sequences lie end to end; each attends causally to itself.
-- `SlotPlan`: rollout. Tokens belong to slots of a `SlotCache`; each attends to its slot's keys up to its own position.
-  Ragged prefill, one-token decode and the teacher's chunk are this one case.
-
-On CUDA both go to flash attention: torch's varlen kernel, or for training the flash-attn package where it is installed. On the CPU
-float32 goes to C code where there is a compiler. Everything else is `scaled_dot_product_attention`, sequence by sequence or slots
+On CUDA both kinds go to flash attention: torch's varlen kernel, or for training the flash-attn package where it is installed. On the
+CPU float32 goes to C code where there is a compiler. Everything else is `scaled_dot_product_attention`, sequence by sequence or slots
 side by side, without an N x N mask.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from importlib.util import find_spec
 from itertools import pairwise
 
@@ -25,116 +18,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from katds.models.native import attention as native
+from katds.models.plans import PackedPlan, SlotGroup, SlotPlan
 
 NAME = "katds"
 _UNSUPPORTED = ("s_aux", "softcap", "position_bias", "head_mask")  # attention sinks, capped scores and the like
-
-
-def upload(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A host tensor on `device`, without waiting for it: from pageable memory, CUDA would make the host wait for all that is
-    queued before."""
-    if device.type != "cuda":
-        return values.to(device)
-    return values.pin_memory().to(device, non_blocking=True)
-
-
-@dataclass(slots=True)
-class PackedPlan:
-    """Sequences of the given lengths laid end to end."""
-
-    bounds: list[int]  # 0, l0, l0 + l1, ...
-    cu_seqlens: torch.Tensor  # int32, the same on the device
-    longest: int
-    _runs: torch.Tensor | None = None
-
-    @property
-    def runs(self) -> torch.Tensor:
-        """For the C code."""
-        if self._runs is None:
-            bounds = torch.tensor(self.bounds)
-            self._runs = native.run_table(bounds[:-1], bounds.diff(), bounds[:-1], torch.zeros(len(bounds) - 1).long())
-        return self._runs
-
-    @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device) -> PackedPlan:
-        bounds = [0]
-        for length in lengths:
-            bounds.append(bounds[-1] + length)
-        return cls(bounds, upload(torch.tensor(bounds, dtype=torch.int32), device), max(lengths, default=0))
-
-
-@dataclass(slots=True)
-class SlotGroup:
-    """Neighbouring slots whose queries are attended to in one call.
-
-    With `scatter` None all slots have `width` queries each, in order; otherwise slot and column of each query are given
-    and the rest of the [slots, width] square is idle.
-    """
-
-    first_slot: int
-    slots: int
-    tokens: slice
-    width: int
-    seen: torch.Tensor  # int64 [slots, width], the last position that each query sees
-    scatter: tuple[torch.Tensor, torch.Tensor] | None = None
-    _biases: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict)
-
-    def bias(self, keys: int, share: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:
-        """0 where a query sees a key and -inf elsewhere, [slots, 1, share x width, keys]: the same for all layers of a kind."""
-        if (share, window) not in self._biases:
-            at = torch.arange(keys, device=self.seen.device)
-            hidden = at > self.seen[..., None]
-            if window is not None:
-                hidden |= at <= self.seen[..., None] - window
-            bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
-            self._biases[share, window] = bias.repeat(1, share, 1).unsqueeze(1)
-        return self._biases[share, window]
-
-
-@dataclass(slots=True)
-class SlotPlan:
-    """Which slot and position each token is written to, and what its query sees.
-
-    `write_source` repeats tokens that are written to several slots: a prompt that is sampled n times is computed once.
-    """
-
-    write_slots: torch.Tensor  # int64 [M]
-    write_positions: torch.Tensor  # int64 [M]
-    write_source: torch.Tensor | None  # int64 [M]; None: M = N and in order
-    keys: int  # keys that anyone may see: the longest slot
-    make_groups: Callable[[], list[SlotGroup]]
-    make_runs: Callable[[], torch.Tensor]
-    varlen: VarlenSlots | None = None
-    _groups: list[SlotGroup] | None = None
-    _runs: torch.Tensor | None = None
-
-    @property
-    def groups(self) -> list[SlotGroup]:
-        """For SDPA; made when asked for, which the other ways never do."""
-        if self._groups is None:
-            self._groups = self.make_groups()
-        return self._groups
-
-    @property
-    def runs(self) -> torch.Tensor:
-        """For the C code."""
-        if self._runs is None:
-            self._runs = self.make_runs()
-        return self._runs
-
-
-@dataclass(slots=True)
-class VarlenSlots:
-    """The same for a varlen kernel over a paged cache (CUDA)."""
-
-    cu_seqlens_q: torch.Tensor  # int32 [slots + 1]
-    cu_seqlens_k: torch.Tensor  # int32 [slots + 1], of whole slots
-    seqused_k: torch.Tensor  # int32 [slots]
-    block_table: torch.Tensor  # int32 [slots, pages]
-    longest_q: int
-    single: bool  # each slot has one query
-
-
 FLASH_TYPES = (torch.bfloat16, torch.float16)
 
 

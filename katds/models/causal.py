@@ -9,17 +9,31 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from types import MethodType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from katds.core.packing import attention_weight
-from katds.models.attention import PackedPlan, SlotPlan
+from katds.models.plans import PackedPlan, SlotPlan
 from katds.models.slot_cache import SlotCache
 
 HeadFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], Any]
+
+
+class Forward(Protocol):
+    """A `FlatCausalLM`, an engine around one, or code that computes the same."""
+
+    def __call__(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        plan: Any,
+        head: Callable[..., Any] | None,
+        rows: torch.Tensor | None = None,
+        cache: SlotCache | None = None,
+    ) -> Any: ...
 
 
 class FlatCausalLM(nn.Module):
@@ -34,6 +48,7 @@ class FlatCausalLM(nn.Module):
         super().__init__()
         self.model = model
         self._vocabulary = vocabulary
+        self._last_position = _last_position(model.config)
         # transformers looks both up anew at each access, which would cost a decode step a tenth of its time. A tuple keeps
         # them from being registered a second time.
         self._parts = (model.base_model, model.get_output_embeddings())

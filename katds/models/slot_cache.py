@@ -15,8 +15,9 @@ from contextlib import contextmanager
 import torch
 from transformers.cache_utils import Cache
 
-from katds.models.attention import SlotGroup, SlotPlan, VarlenSlots, has_flash, is_flash, upload
+from katds.models.attention import has_flash, is_flash
 from katds.models.native.attention import run_table
+from katds.models.plans import SlotGroup, SlotPlan, VarlenSlots, upload
 
 PAGE = 256  # key positions per page of the CUDA kernel; the cache length is a multiple of it there
 

@@ -1,7 +1,9 @@
-"""How a decode step is computed: one token in each of the slots 0 .. n-1, to logits.
+"""How the forwards of a rollout phase are computed: decode steps (one token in each of the slots 0 .. n-1, to logits), prompts, and the
+teacher's chunks.
 
-A step costs some forty operator calls per layer. Where the arithmetic is small next to them, they are left out: on the CPU by
-C code, on CUDA by graphs. Which way serves a model is found out once, by comparing its logits with those of the model's own forward.
+A forward costs some forty operator calls per layer. Where the arithmetic is small next to them, they are left out: on the CPU by
+C code, on CUDA, for decode steps, by graphs. Which way serves a model is found out once, by comparing its logits with those of the
+model's own forward.
 """
 
 from __future__ import annotations
@@ -12,11 +14,11 @@ from typing import Protocol
 
 import torch
 
-from katds.models.causal import FlatCausalLM, linear
+from katds.models.causal import FlatCausalLM, Forward, linear
 from katds.models.graph_step import GraphStep
 from katds.models.native.build import Unavailable
-from katds.models.native.step import NativeStep
-from katds.models.slot_cache import SlotCache, uniform_plan
+from katds.models.native.forward import NativeForward, NativeStep
+from katds.models.slot_cache import SlotCache, ragged_plan, uniform_plan
 
 CHECK_SLOTS, CHECK_LIVE, CHECK_TOKENS = 4, 3, 6  # one slot is free, so that an idle row rides along
 
@@ -50,6 +52,11 @@ class Made:
     model: FlatCausalLM
     addresses: tuple[int, ...]
 
+    @property
+    def forward(self) -> Forward:
+        """For prompts."""
+        return self.step.forward if isinstance(self.step, NativeStep) else self.model
+
     def serves(self, model: FlatCausalLM, slots: int, length: int) -> bool:
         fits = self.cache.slots >= slots and self.cache.length >= length
         return fits and self.model is model and self.addresses == _addresses(model)
@@ -70,7 +77,7 @@ class StepMaker:
         self._checked = False
         self._kept: Made | None = None
 
-    def __call__(self, model: FlatCausalLM, slots: int, length: int, device: torch.device) -> tuple[SlotCache, Step]:
+    def __call__(self, model: FlatCausalLM, slots: int, length: int, device: torch.device) -> Made:
         """For a model whose weights are in place. The cache may be larger than asked for."""
         made, self._kept = self._kept, None
         if made is not None and not made.serves(model, slots, length):
@@ -82,7 +89,7 @@ class StepMaker:
             made = Made(cache, self._step(model, cache), model, _addresses(model))
         if self._keep:
             self._kept = made
-        return made.cache, made.step
+        return made
 
     def _step(self, model: FlatCausalLM, cache: SlotCache) -> Step:
         way: Callable[[FlatCausalLM, SlotCache], Step] = GraphStep if cache.device.type == "cuda" else NativeStep
@@ -91,12 +98,39 @@ class StepMaker:
         try:
             if not self._checked:
                 check(way, model)
+                if way is NativeStep:
+                    check_forward(model)  # for prompts
                 self._checked = True
             return way(model, cache)
         except Unavailable as reason:
             self._fast = False
             self._say(f"decoding goes through transformers, operator by operator: {reason}")
             return PlainStep(model, cache)
+
+
+class ForwardMaker:
+    """Finds the fastest forward of a model that reads, such as the teacher.
+
+    Args: as those of `StepMaker`.
+    """
+
+    def __init__(self, fast: bool, say: Callable[[str], None]) -> None:
+        self._fast, self._say = fast, say
+        self._checked = False
+
+    def __call__(self, model: Forward, cache: SlotCache) -> Forward:
+        """For a model whose weights are in place, and for this cache. An engine that gathers its weights is returned as it is."""
+        if not self._fast or not isinstance(model, FlatCausalLM) or cache.device.type != "cpu":
+            return model
+        try:
+            if not self._checked:
+                check_forward(model)
+                self._checked = True
+            return NativeForward(model, cache)
+        except Unavailable as reason:
+            self._fast = False
+            self._say(f"the teacher reads through transformers, operator by operator: {reason}")
+            return model
 
 
 @torch.no_grad()
@@ -108,12 +142,31 @@ def check(way: Callable[[FlatCausalLM, SlotCache], Step], model: FlatCausalLM) -
     for at in range(CHECK_TOKENS):
         tokens = torch.tensor([(7 * at + 4 * row + 1) % weight.shape[0] for row in range(CHECK_LIVE)]).to(weight.device)
         positions = torch.full((CHECK_LIVE,), at, device=weight.device)
-        expected = plain(tokens, positions, at + 1).float()
-        difference = step(tokens, positions, at + 1).float() - expected
-        # By the largest row: a token may have no logits at all, such as one whose embedding is zero.
-        error = float(difference.norm(dim=-1).max() / expected.norm(dim=-1).max())
-        if not error <= tolerance(weight.dtype):  # NaN too
-            raise Unavailable(f"the fast step's logits differ from the model's own by {error:.1g} of their size")
+        _compare(step(tokens, positions, at + 1), plain(tokens, positions, at + 1))
+
+
+@torch.no_grad()
+def check_forward(model: FlatCausalLM) -> None:
+    """Compares two forwards of several tokens per slot, of which one slot gets its first ones from another, with the model's own.
+    Raises Unavailable if they differ by more than rounding."""
+    weight, _ = model.head_parameters()
+    mine, own = (SlotCache(CHECK_SLOTS, CHECK_TOKENS + 1, weight.device) for _ in range(2))
+    forward = NativeForward(model, mine)
+    for starts, counts, copies in (([0, 0], [3, 1], [(0, 2, 3)]), ([3, 1, 3], [2, 2, 2], [])):
+        tokens = torch.arange(sum(counts)) * 7 % weight.shape[0]
+        logits = []
+        for way, cache in ((forward, mine), (model, own)):
+            plan, positions = ragged_plan(cache, 0, starts, counts, 0, copies)
+            logits.append(way(tokens, positions, plan, linear, cache=cache))
+        _compare(*logits)
+
+
+def _compare(logits: torch.Tensor, expected: torch.Tensor) -> None:
+    difference = logits.float() - expected.float()
+    # By the largest row: a token may have no logits at all, such as one whose embedding is zero.
+    error = float(difference.norm(dim=-1).max() / expected.float().norm(dim=-1).max())
+    if not error <= tolerance(expected.dtype):  # NaN too
+        raise Unavailable(f"the fast way's logits differ from the model's own by {error:.1g} of their size")
 
 
 def tolerance(dtype: torch.dtype) -> float:

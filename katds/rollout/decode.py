@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from katds.core.counter import key, uniforms
-from katds.models.attention import upload
-from katds.models.causal import FlatCausalLM
+from katds.models.causal import Forward
+from katds.models.plans import upload
 from katds.models.slot_cache import SlotCache, ragged_plan
 from katds.models.step import Step
 from katds.rollout.sampling import Sampling, sample_step
@@ -50,7 +50,7 @@ class Decoder:
     """
 
     def __init__(
-        self, model: FlatCausalLM, step: Step, cache: SlotCache, sampling: Sampling, top_k: int, seed: int, stream: int
+        self, model: Forward, step: Step, cache: SlotCache, sampling: Sampling, top_k: int, seed: int, stream: int
     ) -> None:
         self._model, self._step = model, step
         self._cache = cache

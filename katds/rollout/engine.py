@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -22,14 +21,14 @@ from katds.core.collective import Collective
 from katds.core.stop.base import StopRule
 from katds.core.types import Need, Rollout, RolloutBatch, RolloutRequest, StopReason
 from katds.errors import TrainingError
-from katds.models.causal import FlatCausalLM
+from katds.models.causal import FlatCausalLM, Forward
 from katds.models.slot_cache import SlotCache
-from katds.models.step import StepMaker
+from katds.models.step import ForwardMaker, StepMaker
 from katds.rollout.decode import Chunk, Decoder
-from katds.rollout.sampling import Sampling
-from katds.rollout.scorer import Scores, TeacherForward, TeacherScorer
+from katds.rollout.scorer import Scores, TeacherScorer
 from katds.rollout.side import Side
 from katds.rollout.signal_log import SignalLog, first_rows
+from katds.rollout.sizes import EngineSettings, EngineStats
 from katds.rollout.slots import Seat, Slots, assign
 
 PhaseClock = Callable[[str], AbstractContextManager[None]]  # times a named part, e.g. katds.train.clock.Clock
@@ -39,39 +38,6 @@ class StudentSource(Protocol):
     """Where the engine gets the student's whole weights from, for the length of one rollout phase."""
 
     def decoding(self) -> AbstractContextManager[FlatCausalLM]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class EngineSettings:
-    """Sizes of one engine.
-
-    keep_decoder: between phases, keep the student's cache and whatever was made for its decode steps (CUDA graphs). Only for a
-    student whose weights stay where they are; the learner then has that much less memory.
-    overlap: decode the next chunk while the teacher reads the last one. A rollout that has ended then writes one more in vain.
-    """
-
-    slots: int
-    chunk_tokens: int
-    eos_ids: tuple[int, ...]
-    sampling: Sampling
-    top_k: int
-    seed: int
-    device: torch.device
-    keep_divergences: bool = True
-    fast_decode: bool = True
-    keep_decoder: bool = False
-    overlap: bool = False
-
-
-@dataclass(slots=True)
-class EngineStats:
-    """What one call of `generate` did on this rank. Tokens are those written into rollouts; decoded ones include overshoot."""
-
-    rounds: int = 0
-    tokens: int = 0
-    decoded_tokens: int = 0
-    decode_steps: Counter[int] = field(default_factory=Counter)  # live rows -> token steps with so many
-    teacher_tokens: Counter[int] = field(default_factory=Counter)  # tokens of a teacher forward -> forwards
 
 
 class RolloutEngine:
@@ -88,7 +54,7 @@ class RolloutEngine:
     def __init__(
         self,
         student: StudentSource,
-        teacher: Callable[[], AbstractContextManager[TeacherForward]] | None,
+        teacher: Callable[[], AbstractContextManager[Forward]] | None,
         rule: StopRule,
         needs: frozenset[Need],
         collective: Collective,
@@ -109,6 +75,7 @@ class RolloutEngine:
         self._needs = needs
         self._top_k = settings.top_k if rule.needs_divergence or Need.STUDENT_TOP_K in needs else 0
         self._steps = StepMaker(settings.fast_decode, settings.keep_decoder, say)
+        self._forwards = ForwardMaker(settings.fast_decode, say)
         self._side = Side(settings.device, settings.overlap)
         self.stats = EngineStats()
         self._finite = True  # of this rank's divergences
@@ -160,7 +127,7 @@ class RolloutEngine:
             self._retire(phase, ended)
 
     def _start(
-        self, model: FlatCausalLM, teacher: TeacherForward | None, requests: Sequence[RolloutRequest], stream: int
+        self, model: FlatCausalLM, teacher: Forward | None, requests: Sequence[RolloutRequest], stream: int
     ) -> _Phase:
         """The caches of one rollout phase. They are freed at its end, when the learner needs the memory; with `keep_decoder`, all but
         the student's."""
@@ -168,14 +135,15 @@ class RolloutEngine:
         overshoot = self._settings.chunk_tokens * (2 if self._settings.overlap else 1)
         length = max((len(r.prompt.token_ids) + r.max_new_tokens for r in requests), default=1) + overshoot
         slots = min(self._settings.slots, max(len(requests), 1))
-        cache, step = self._steps(model, slots, length, self._settings.device)
+        made = self._steps(model, slots, length, self._settings.device)
         sampling, seed = self._settings.sampling, self._settings.seed
-        decoder = Decoder(model, step, cache, sampling, self._top_k, seed, stream)
+        decoder = Decoder(made.forward, made.step, made.cache, sampling, self._top_k, seed, stream)
         if teacher is None:
-            return _Phase(Slots(slots), cache, None, decoder, None)
+            return _Phase(Slots(slots), made.cache, None, decoder, None)
         read = SlotCache(slots, length, self._settings.device)
-        scorer = TeacherScorer(teacher, read, self._needs, self._top_k > 0, self._settings.top_k, sampling.scale)
-        return _Phase(Slots(slots), cache, read, decoder, scorer)
+        reader = self._forwards(teacher, read)
+        scorer = TeacherScorer(reader, read, self._needs, self._top_k > 0, self._settings.top_k, sampling.scale)
+        return _Phase(Slots(slots), made.cache, read, decoder, scorer)
 
     def _admit(self, slots: Slots, queue: list[RolloutRequest]) -> tuple[dict[int, int], bool]:
         """Collective: the round's control reduction. Returns the followers' leaders, and whether any rank is busy."""

@@ -10,32 +10,18 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 
 from katds.core.divergences import top_k_tail_reverse_kl
 from katds.core.teacher_signal import score_tile
 from katds.core.types import Field, Need
-from katds.models.attention import upload
+from katds.models.causal import Forward
+from katds.models.plans import upload
 from katds.models.slot_cache import SlotCache, ragged_plan
 from katds.models.tiled_head import score_head
 from katds.rollout.decode import Chunk
 from katds.rollout.slots import Seat
-
-
-class TeacherForward(Protocol):
-    """A `FlatCausalLM` or an engine around one."""
-
-    def __call__(
-        self,
-        input_ids: torch.Tensor,
-        position_ids: torch.Tensor,
-        plan: Any,
-        head: Callable[..., Any] | None,
-        rows: torch.Tensor | None = None,
-        cache: SlotCache | None = None,
-    ) -> Any: ...
 
 
 @dataclass(slots=True)
@@ -59,7 +45,7 @@ class TeacherScorer:
 
     def __init__(
         self,
-        teacher: TeacherForward,
+        teacher: Forward,
         cache: SlotCache,
         needs: frozenset[Need],
         divergence: bool,

@@ -18,7 +18,7 @@ from katds.core.objectives import Objective
 from katds.core.packing import DEFAULT_ATTENTION_WEIGHT
 from katds.core.types import Field, Need, RolloutBatch, RolloutRequest
 from katds.errors import TrainingError
-from katds.models.attention import PackedPlan, upload
+from katds.models.plans import PackedPlan, upload
 from katds.models.tiled_head import tiled_loss
 from katds.rollout.engine import PhaseClock
 from katds.train.share import Share, deal, survey

@@ -10,8 +10,8 @@ import torch
 from transformers import AttentionInterface, MistralConfig, MistralForCausalLM
 from zoo import random_model
 
-from katds.models.attention import PackedPlan
 from katds.models.causal import FlatCausalLM, linear
+from katds.models.plans import PackedPlan
 
 VOCABULARY = 65
 WINDOW = 4

@@ -12,9 +12,9 @@ from test_attention import FAMILIES, VOCABULARY, alone
 from test_slot_cache import Texts
 from torch.nn.functional import scaled_dot_product_attention
 
-from katds.models.attention import PackedPlan
 from katds.models.causal import FlatCausalLM
 from katds.models.native import attention, build
+from katds.models.plans import PackedPlan
 
 # Only where nothing can be compiled: code that is compiled and wrong must fail here.
 try:

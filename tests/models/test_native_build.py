@@ -58,7 +58,7 @@ def test_one_compilation_serves_later_processes(monkeypatch: pytest.MonkeyPatch,
     (name,) = compiled(tmp_path)
     assert name.startswith("katds/native-") and "-DNOTHING=1" in log.read_text()
     build._library.cache_clear()
-    assert build.library() is not first and log.read_text().count("decode.c") == 1
+    assert build.library() is not first and log.read_text().count("forward.c") == 1
     monkeypatch.setattr(build, "FLAGS", [*build.FLAGS, "-g"])
     build._library.cache_clear()
     build.library()
@@ -66,7 +66,7 @@ def test_one_compilation_serves_later_processes(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_ranks_that_compile_at_once_leave_one_file(tmp_path: Path) -> None:
-    code = "from katds.models.native.build import library; print(library().katds_decode is not None)"
+    code = "from katds.models.native.build import library; print(library().katds_forward is not None)"
     command = [sys.executable, "-c", code]
     ranks = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(4)]
     assert [rank.communicate(timeout=120)[0] for rank in ranks] == ["True\n"] * 4
@@ -78,20 +78,20 @@ def test_a_home_that_cannot_be_written_costs_a_compilation_per_process(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file" / "below"))
-    assert build.library().katds_decode
+    assert build.library().katds_forward
 
 
 def test_a_broken_library_is_not_trusted_but_replaced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     log = tmp_path / "log"
     monkeypatch.setenv("CC", script(tmp_path / "cc", f'echo "$@" >> {log}\nexec {CC} "$@"'))
-    process = [sys.executable, "-c", "from katds.models.native.build import library; assert library().katds_decode"]
+    process = [sys.executable, "-c", "from katds.models.native.build import library; assert library().katds_forward"]
     subprocess.run(process, check=True)
     (name,) = compiled(tmp_path)
     library = tmp_path / "a home's cache" / name
     library.write_bytes(b"not a library")
     for _ in range(2):
         subprocess.run(process, check=True)
-    assert log.read_text().count("decode.c") == 2, "it was compiled for every process"
+    assert log.read_text().count("forward.c") == 2, "it was compiled for every process"
 
 
 def test_a_published_library_is_not_replaced(tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_code_in_a_temporary_folder_need_not_be_executable(monkeypatch: pytest.M
         return load(path, *more)
 
     monkeypatch.setattr(ctypes, "CDLL", guarded)
-    assert build.library().katds_decode
+    assert build.library().katds_forward
 
 
 def test_unlike_machines_do_not_share_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +135,7 @@ def test_unlike_machines_do_not_share_a_library(monkeypatch: pytest.MonkeyPatch)
 def test_a_compiler_without_march_native_will_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     refuse = 'case "$*" in *march=native*) echo "error: unsupported argument" >&2; exit 1;; esac'
     monkeypatch.setenv("CC", script(tmp_path / "cc", f'{refuse}\nexec {CC} "$@"'))
-    assert build.library().katds_decode
+    assert build.library().katds_forward
 
 
 def test_failures_are_one_reason_and_not_repeated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_failures_are_one_reason_and_not_repeated(monkeypatch: pytest.MonkeyPatc
     named = script(tmp_path / "cc", text)
     monkeypatch.setenv("CC", f"{named} -O1")
     assert reason() == reason() == f"{tmp_path / 'cc'} -O1 fails: fatal error: no disk"
-    assert log.read_text().count("decode.c") == len(build.TARGETS)
+    assert log.read_text().count("forward.c") == len(build.TARGETS)
     assert compiled(tmp_path) == []
 
 
@@ -193,6 +193,6 @@ def test_without_a_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     monkeypatch.chdir(tmp_path)
-    assert build.library().katds_decode and not list(tmp_path.iterdir())
+    assert build.library().katds_forward and not list(tmp_path.iterdir())
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     assert build._folder() is None

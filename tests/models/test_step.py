@@ -116,7 +116,7 @@ def test_a_slot_gives_the_same_logits_whatever_the_others_hold() -> None:
 def test_a_model_that_looks_at_the_device_cannot_be_recorded() -> None:
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     model, said = flat(torch.bfloat16, "cuda", head_dim=64, rope_parameters=rope), []
-    _, step = StepMaker(True, False, said.append)(model, 4, 64, torch.device("cuda"))
+    step = StepMaker(True, False, said.append)(model, 4, 64, torch.device("cuda")).step
     assert isinstance(step, PlainStep) and "CUDA graph" in said[0]
     step(torch.zeros(4, dtype=torch.int64, device="cuda"), torch.zeros(4, dtype=torch.int64, device="cuda"), 1)
     torch.cuda.synchronize()  # the device has survived it
@@ -155,9 +155,9 @@ def test_a_way_that_does_not_serve_is_given_up_with_a_word() -> None:
     said: list[str] = []
     make = StepMaker(True, False, said.append)
     for _ in range(2):
-        assert isinstance(make(flat(), 2, LENGTH, CPU)[1], PlainStep)  # float64 is nothing for C
+        assert isinstance(make(flat(), 2, LENGTH, CPU).step, PlainStep)  # float64 is nothing for C
     assert len(said) == 1 and "float64" in said[0]
-    assert isinstance(StepMaker(False, False, said.append)(flat(), 2, LENGTH, CPU)[1], PlainStep) and len(said) == 1
+    assert isinstance(StepMaker(False, False, said.append)(flat(), 2, LENGTH, CPU).step, PlainStep) and len(said) == 1
 
 
 @torch.no_grad()
@@ -165,18 +165,18 @@ def test_a_way_that_does_not_serve_is_given_up_with_a_word() -> None:
 def test_cache_and_step_are_kept_while_they_fit_and_the_weights_stay(fast: bool) -> None:
     model, other = flat(torch.float32), flat(torch.float32)
     make = StepMaker(fast, True, lambda _: None)
-    cache, step = make(model, 4, 30, CPU)
-    assert make(model, 3, 20, CPU) == (cache, step)
-    larger, step = make(model, 2, 40, CPU)
-    assert larger is not cache and (larger.slots, larger.length) == (4, 40)
-    assert make(model, 4, 40, CPU) == (larger, step)
+    made = make(model, 4, 30, CPU)
+    assert make(model, 3, 20, CPU) is made
+    larger = make(model, 2, 40, CPU)
+    assert larger is not made and (larger.cache.slots, larger.cache.length) == (4, 40)
+    assert make(model, 4, 40, CPU) is larger
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
-    moved, step = make(model, 4, 40, CPU)
-    assert moved is not larger
-    assert make(other, 4, 40, CPU)[0] is not moved
+    moved = make(model, 4, 40, CPU)
+    assert moved.cache is not larger.cache
+    assert make(other, 4, 40, CPU).cache is not moved.cache
     fresh = StepMaker(fast, False, lambda _: None)
-    assert fresh(model, 4, 30, CPU)[0] is not fresh(model, 4, 30, CPU)[0]
+    assert fresh(model, 4, 30, CPU).cache is not fresh(model, 4, 30, CPU).cache
 
 
 class Pretended:

@@ -16,6 +16,7 @@ from test_step import Stepped
 from katds.models import attention, slot_cache
 from katds.models.causal import FlatCausalLM, linear
 from katds.models.graph_step import StaticStep
+from katds.models.plans import SlotPlan
 
 PAGE = 16
 calls: list[dict[str, Any]] = []
@@ -74,7 +75,7 @@ def test_any_schedule_equals_full_forwards(
 ) -> None:
     model = FlatCausalLM(family("katds").double().eval(), VOCABULARY)
     texts = Stepped(StaticStep, model, seed) if static else Texts(model, seed)
-    monkeypatch.setattr(attention.SlotPlan, "groups", property(lambda self: pytest.fail("groups are made for nothing")))
+    monkeypatch.setattr(SlotPlan, "groups", property(lambda self: pytest.fail("groups are made for nothing")))
     texts.play(family("exact").double().eval())
     assert texts.cache.length == -(-LENGTH // PAGE) * PAGE
     assert {call["window"][1] for call in calls} == {0, -1}

@@ -17,8 +17,8 @@ from ranks import run_ranks
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from zoo import build_model, deepspeed_json, optimizer
 
-from katds.models.attention import PackedPlan
 from katds.models.causal import linear
+from katds.models.plans import PackedPlan
 from katds.parallel.world import start_world
 from katds.parallel.zero import load_frozen, load_student
 

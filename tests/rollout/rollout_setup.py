@@ -21,8 +21,9 @@ from katds.core.stop.simple import NeverRule
 from katds.core.threshold import AdaptiveThreshold
 from katds.core.types import Need, Prompt, Rollout, RolloutBatch, RolloutRequest
 from katds.models.causal import FlatCausalLM
-from katds.rollout.engine import EngineSettings, RolloutEngine
+from katds.rollout.engine import RolloutEngine
 from katds.rollout.sampling import Sampling
+from katds.rollout.sizes import EngineSettings
 
 VOCABULARY = 65
 TOP_K = 6

@@ -22,8 +22,9 @@ from katds.models.step import PlainStep, Step
 from katds.parallel.world import ProcessCollective
 from katds.rollout import sampling as filters
 from katds.rollout.decode import Decoder
-from katds.rollout.engine import EngineSettings, RolloutEngine
+from katds.rollout.engine import RolloutEngine
 from katds.rollout.sampling import Sampling
+from katds.rollout.sizes import EngineSettings
 from katds.rollout.slots import Slots
 
 SAMPLINGS = [Sampling(), Sampling(temperature=0.0), Sampling(temperature=0.8, top_k=20, top_p=0.9, min_p=0.01)]

@@ -18,7 +18,7 @@ from rollout_setup import SEED, Models, Resident, engine, facts, full_forward, m
 from katds.core.stop.simple import NeverRule
 from katds.core.types import Need, RolloutBatch, RolloutRequest
 from katds.models.graph_step import GraphStep
-from katds.models.native.step import NativeStep
+from katds.models.native.forward import NativeStep
 from katds.rollout.sampling import Sampling
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

@@ -7,7 +7,7 @@ import torch
 from rollout_setup import engine, facts, mixed_requests, models
 
 from katds.models.native.build import Unavailable, library
-from katds.models.native.step import NativeStep
+from katds.models.native.forward import NativeStep
 from katds.models.slot_cache import SlotCache
 from katds.models.step import PlainStep
 

@@ -17,9 +17,10 @@ from katds.core.stop.simple import NeverRule
 from katds.core.types import Prompt
 from katds.parallel.world import start_world
 from katds.parallel.zero import load_frozen, load_student
-from katds.rollout.engine import EngineSettings, RolloutEngine
+from katds.rollout.engine import RolloutEngine
 from katds.rollout.requests import requests_for
 from katds.rollout.sampling import Sampling
+from katds.rollout.sizes import EngineSettings
 from katds.train.learner import Learner
 
 STEPS, VOCABULARY = 3, 65

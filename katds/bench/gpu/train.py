@@ -12,8 +12,8 @@ from katds.bench.gpu.counts import training_flops
 from katds.bench.gpu.machine import TOP_K, Bench, Case, Shape, multiplied, students
 from katds.core.objectives.reverse_kl import ReverseKl
 from katds.core.types import Field
-from katds.models.attention import PackedPlan
 from katds.models.causal import FlatCausalLM
+from katds.models.plans import PackedPlan
 from katds.models.tiled_head import tiled_loss
 
 

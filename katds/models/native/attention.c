@@ -8,29 +8,17 @@
 #include "common.h"
 
 #define BLOCK 64 /* queries that are weighed together: few enough that little is computed beyond the diagonal */
+#define KEYS 64  /* of a single query, keys or values that stay in the first cache while all heads read them */
+#define MAX_DIM 256             /* of a head whose single queries have code of their own */
+#define WORTH_THREADS (1 << 17) /* products of queries and keys, in numbers: some 50 microseconds for one thread */
 
-/* `queries` successive tokens from `first` on; the one at `first` has `position` keys before it. */
-typedef struct {
-    int64_t first, queries, place, position; /* place: where key 0 lies, in units of key_place and value_place */
-} Run;
-
-typedef struct {
-    sgemm_fn sgemm;
-    parallel_fn parallel; /* NULL: one thread */
-    const float *query, *key, *value;
-    float *out, *logsum; /* logsum [tokens, heads], log of the sum of the scores' exponentials; NULL: not asked for */
-    const float *grad_out;
-    float *grad_query, *grad_key, *grad_value; /* keys and values: zeros */
-    float *work;                               /* see katds_attention_floats */
-    const Run *runs;
-    int64_t query_token, query_head, key_place, key_token, key_head, value_place, value_token, value_head; /* strides */
-    int64_t count, heads, kv_heads, dim, window, longest, threads; /* window, visible keys, 0: all; longest run of keys */
-    float scale;
-} Attention;
-
-int64_t katds_attention_floats(const Attention *a, int backward) {
-    return (backward ? 2 : 1) * a->threads * BLOCK * a->longest;
+/* Of scores, which a thread has for itself. */
+static int64_t scores_floats(const Attention *a, int backward) {
+    const int64_t share = a->heads / a->kv_heads;
+    return (backward ? 2 * BLOCK : share > BLOCK ? share : BLOCK) * a->longest;
 }
+
+int64_t katds_attention_floats(const Attention *a, int backward) { return a->threads * scores_floats(a, backward); }
 
 /* A block of queries of one head, and the keys that at least one of them sees: [low, low + keys) of the run. */
 typedef struct {
@@ -107,6 +95,66 @@ static void forward(const Attention *a, const Run *run, int64_t head, float *sco
     }
 }
 
+/* One query of `share` heads of one key head against keys 0 .. count - 1. A product of matrices would have a single row.
+ * Inlined for the usual `dim`, so that a row is a few registers and its loops are straight code. */
+static inline void attend_rows(const float *restrict query, int64_t query_head, const float *restrict keys,
+                               int64_t key_token, const float *restrict values, int64_t value_token,
+                               float *restrict scores, float *restrict out, float *restrict logsum, int64_t share,
+                               int64_t dim, int64_t count, float scale) {
+    for (int64_t begin = 0; begin < count; begin += KEYS) {
+        const int64_t end = begin + KEYS < count ? begin + KEYS : count;
+        for (int64_t h = 0; h < share; h++) {
+            const float *restrict q = query + h * query_head;
+            for (int64_t t = begin; t < end; t++) {
+                const float *restrict k = keys + t * key_token;
+                float sum = 0.0f;
+                for (int64_t j = 0; j < dim; j++) sum += q[j] * k[j];
+                scores[h * count + t] = sum * scale;
+            }
+        }
+    }
+    for (int64_t h = 0; h < share; h++) {
+        const float total = softmax(scores + h * count, 0, count, count);
+        if (logsum) logsum[h] = total;
+    }
+    memset(out, 0, (size_t)(share * dim) * sizeof(float));
+    for (int64_t begin = 0; begin < count; begin += KEYS) {
+        const int64_t end = begin + KEYS < count ? begin + KEYS : count;
+        for (int64_t h = 0; h < share; h++) {
+            float row[MAX_DIM];
+            for (int64_t j = 0; j < dim; j++) row[j] = out[h * dim + j];
+            const float *restrict p = scores + h * count;
+            int64_t t = begin;
+            for (; t + 4 <= end; t += 4) { /* four at a time: one alone waits for the addition before it */
+                const float *restrict a = values + t * value_token, *restrict b = a + value_token;
+                const float *restrict c = b + value_token, *restrict d = c + value_token;
+                for (int64_t j = 0; j < dim; j++)
+                    row[j] += (p[t] * a[j] + p[t + 1] * b[j]) + (p[t + 2] * c[j] + p[t + 3] * d[j]);
+            }
+            for (; t < end; t++)
+                for (int64_t j = 0; j < dim; j++) row[j] += p[t] * values[t * value_token + j];
+            for (int64_t j = 0; j < dim; j++) out[h * dim + j] = row[j];
+        }
+    }
+}
+
+/* The only query of a run, all heads of one key head. */
+static void single(const Attention *a, const Run *run, int64_t kv, float *scores) {
+    const int64_t share = a->heads / a->kv_heads, head = kv * share, dim = a->dim;
+    const Block b = block_of(a, run, head, 0);
+    float *out = a->out + (b.row * a->heads + head) * dim, *logsum = a->logsum ? a->logsum + b.row * a->heads + head : 0;
+#define ATTEND(dim)                                                                                                    \
+    attend_rows(b.query, a->query_head, b.key, a->key_token, b.value, a->value_token, scores, out, logsum, share, dim, \
+                b.keys, a->scale)
+    switch (dim) {
+    case 32: ATTEND(32); break;
+    case 64: ATTEND(64); break;
+    case 128: ATTEND(128); break;
+    default: ATTEND(dim);
+    }
+#undef ATTEND
+}
+
 /* Scores become probabilities p, and the probabilities' gradients d those of the scores: p (d - sum of p d) scale. */
 static void softmax_backward(float *restrict p, float *restrict d, float logsum, float mean, float scale, int64_t from,
                              int64_t to, int64_t keys) {
@@ -152,18 +200,28 @@ static void work(void *given) {
     Work *w = given;
     const Attention *a = w->attention;
     const int64_t thread = __atomic_fetch_add(&w->threads, 1, __ATOMIC_RELAXED), share = a->heads / a->kv_heads;
-    float *scores = a->work + thread * (a->grad_out ? 2 : 1) * BLOCK * a->longest;
+    float *scores = a->work + thread * scores_floats(a, a->grad_out != NULL);
     for (int64_t unit; (unit = __atomic_fetch_add(&w->begun, 1, __ATOMIC_RELAXED)) < a->count * a->kv_heads;) {
         const Run *run = a->runs + unit / a->kv_heads;
-        const int64_t first = unit % a->kv_heads * share;
-        for (int64_t head = first; head < first + share; head++) (a->grad_out ? backward : forward)(a, run, head, scores);
+        const int64_t kv = unit % a->kv_heads, first = kv * share;
+        if (run->queries == 1 && !a->grad_out && a->dim <= MAX_DIM)
+            single(a, run, kv, scores);
+        else
+            for (int64_t head = first; head < first + share; head++)
+                (a->grad_out ? backward : forward)(a, run, head, scores);
     }
+}
+
+static int worth_threads(const Attention *a) {
+    int64_t pairs = 0;
+    for (const Run *run = a->runs; run < a->runs + a->count; run++) pairs += run->queries * (run->position + run->queries);
+    return a->count * a->kv_heads > 1 && pairs * a->kv_heads * a->dim >= WORTH_THREADS;
 }
 
 /* Writes `out` and `logsum`; with `grad_out`, the gradients. */
 void katds_attention(const Attention *a) {
     Work w = {a, 0, 0};
-    if (a->parallel && a->threads > 1 && a->count * a->kv_heads > 1)
+    if (a->parallel && a->threads > 1 && worth_threads(a))
         a->parallel(work, &w, (unsigned)a->threads, 0);
     else
         work(&w);

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-SOURCES = [Path(__file__).with_name(name) for name in ("decode.c", "attention.c")]
+SOURCES = [Path(__file__).with_name(name) for name in ("forward.c", "attention.c")]
 HEADER = Path(__file__).with_name("common.h")
 # Of -ffast-math all that lets sums be vectorised; the whole of it would switch off denormal numbers for the entire process,
 # and NaN. ISO C would forbid fused multiply-add.

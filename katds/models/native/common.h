@@ -1,4 +1,4 @@
-/* What decode.c and attention.c share. Matrix products and threads are PyTorch's own: its BLAS, its OpenMP. */
+/* What forward.c and attention.c share. Matrix products and threads are PyTorch's own: its BLAS, its OpenMP. */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -30,3 +30,25 @@ typedef void (*sgemm_fn)(const char *, const char *, const int64_t *, const int6
 
 /* GOMP_parallel of the OpenMP library that PyTorch runs on: calls the function in so many threads, waits for them. */
 typedef void (*parallel_fn)(void (*)(void *), void *, unsigned, unsigned);
+
+/* `queries` successive tokens from `first` on; the one at `first` has `position` keys before it. */
+typedef struct {
+    int64_t first, queries, place, position; /* place: where key 0 lies, in units of key_place and value_place */
+} Run;
+
+typedef struct {
+    sgemm_fn sgemm;
+    parallel_fn parallel; /* NULL: one thread */
+    const float *query, *key, *value;
+    float *out, *logsum; /* logsum [tokens, heads], log of the sum of the scores' exponentials; NULL: not asked for */
+    const float *grad_out;
+    float *grad_query, *grad_key, *grad_value; /* keys and values: zeros */
+    float *work;                               /* see katds_attention_floats */
+    const Run *runs;
+    int64_t query_token, query_head, key_place, key_token, key_head, value_place, value_token, value_head; /* strides */
+    int64_t count, heads, kv_heads, dim, window, longest, threads; /* window, visible keys, 0: all; longest run of keys */
+    float scale;
+} Attention;
+
+int64_t katds_attention_floats(const Attention *a, int backward);
+void katds_attention(const Attention *a);

@@ -1,5 +1,5 @@
-"""A decode step in C is the model's own forward: logits, keys and values, in every variant of its families; whoever it
-does not understand is refused with a reason."""
+"""The forward in C is the model's own: logits, keys and values, of steps, prompts and chunks, in every variant of its families; whoever
+it does not understand is refused with a reason."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from katds.models.causal import FlatCausalLM
+from katds.models.causal import FlatCausalLM, linear
 from katds.models.native.build import Unavailable, functions, library
-from katds.models.native.step import NativeStep
+from katds.models.native.forward import NativeForward, NativeStep
+from katds.models.plans import SlotPlan
 from katds.models.slot_cache import SlotCache, ragged_plan
-from katds.models.step import PlainStep, StepMaker
+from katds.models.step import ForwardMaker, PlainStep, StepMaker
 
 VOCABULARY = 65
 WINDOW = 4
@@ -62,6 +63,7 @@ VARIANTS: dict[str, Callable[[], FlatCausalLM]] = {
     "llama-own-key-heads": lambda: build("llama", num_key_value_heads=4, head_dim=64),
     "llama-wide-heads": lambda: build("llama", head_dim=128, num_attention_heads=8),
     "llama-widest-heads": lambda: build("llama", head_dim=256),
+    "llama-still-wider-heads": lambda: build("llama", head_dim=288),
     "llama-odd-sizes": lambda: build("llama", hidden_size=20, head_dim=6, intermediate_size=23, num_hidden_layers=3),
     "llama-linear": lambda: build("llama", **rope("linear")),
     "llama-llama3": lambda: build("llama", **LLAMA3),
@@ -93,18 +95,19 @@ def exact(model: FlatCausalLM) -> FlatCausalLM:
 
 
 def play(model: FlatCausalLM, way: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """All logits, then all keys and values, of a rollout phase in small: prompts, steps, a slot that ends and is filled
-    anew."""
+    """All logits, then all keys and values, of a rollout phase in small: prompts, of which two slots share one, steps, a slot that ends
+    and is filled anew, and chunks of several tokens as a teacher reads them."""
     cache = SlotCache(5, LENGTH, CPU)
     generator = torch.Generator().manual_seed(3)
     step, logits = way(model, cache), []
+    forward = step.forward if isinstance(step, NativeStep) else model
 
     def tokens(count: int) -> torch.Tensor:
         return torch.randint(0, VOCABULARY, (count,), generator=generator)
 
-    def prefill(first: int, lengths: list[int]) -> None:
-        plan, positions = ragged_plan(cache, first, [0] * len(lengths), lengths, 0)
-        model(tokens(sum(lengths)), positions, plan, None, cache=cache)
+    def read(first: int, starts: list[int], counts: list[int], copies: Any = (), rows: Any = None) -> None:
+        plan, positions = ragged_plan(cache, first, starts, counts, 0, copies)
+        logits.append(forward(tokens(sum(counts)), positions, plan, linear, rows, cache))
 
     def steps(count: int, places: list[int]) -> list[int]:
         for _ in range(count):
@@ -113,19 +116,21 @@ def play(model: FlatCausalLM, way: Any) -> tuple[torch.Tensor, torch.Tensor]:
         return places
 
     with torch.inference_mode():
-        prefill(0, [7, 1, 62, 3, 9])
+        read(0, [0] * 5, [7, 1, 62, 3, 9], [(0, 1, 5)])
         steps(3, [0] * 3)  # what a prompt has written is overwritten
-        places = steps(9, [7, 1, 62, 3, 9])
+        places = steps(9, [7, 5, 62, 3, 9])
         cache.move(4, 1, places[4])
         places = steps(5, [places[0], places[4], *places[2:4]])
-        prefill(4, [5])
-        steps(4, [*places, 5])
+        read(4, [0], [5], rows=torch.tensor([1, 4]))
+        places = steps(4, [*places, 5])[:2]
+        read(0, places, [30, 4])
+        read(1, [places[1] + 4], [1])
         buffers = [buffer for layer in range(len(model.model.base_model.layers)) for buffer in cache.buffers(layer)]
         return torch.cat(logits), torch.stack(buffers)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_native_steps_are_as_exact_as_the_models_own(name: str) -> None:
+def test_it_is_as_exact_as_the_models_own(name: str) -> None:
     model = VARIANTS[name]()
     native, plain, true = play(model, NativeStep), play(model, PlainStep), play(exact(model), PlainStep)
     for mine, own, right in zip(native, plain, true, strict=True):
@@ -137,10 +142,9 @@ def test_native_steps_are_as_exact_as_the_models_own(name: str) -> None:
 
 def guard(step: NativeStep, rows: int) -> torch.Tensor:
     """Moves the step's work space; returns what lies behind its end."""
-    size = library().katds_work_floats(ctypes.byref(step._model), ctypes.c_int64(rows))
+    size = library().katds_forward_floats(ctypes.byref(step.forward._model), ctypes.c_int64(rows))
     work = torch.full((size + 10_000,), CANARY)
-    step._keep.append(work)
-    step._model.work = work.data_ptr()
+    step.forward._work = work
     return work[size:]
 
 
@@ -212,12 +216,61 @@ def test_what_does_not_exist_is_an_error_and_nothing_is_written(token: int, posi
     step = NativeStep(VARIANTS["llama"](), cache)
     step(torch.tensor([0, VOCABULARY + 6]), torch.tensor([0, LENGTH - 1]), LENGTH)  # the last that exist
     before = [buffer.clone() for buffer in cache.buffers(0)]
-    with pytest.raises(IndexError, match="slot 1"):
+    with pytest.raises(IndexError, match="row 1"):
         step(torch.tensor([3, token]), torch.tensor([1, position]), 2)
     assert all(map(torch.equal, cache.buffers(0), before))
     for bad in (torch.zeros(3, dtype=torch.int64), torch.zeros(2), torch.zeros(4, dtype=torch.int64)[::2]):
         with pytest.raises(AssertionError):
             step(bad, torch.zeros(bad.shape, dtype=torch.int64), 1)
+
+
+WRONG: dict[str, Callable[[SlotPlan, torch.Tensor], None]] = {
+    "a token of no word": lambda plan, tokens: tokens.__setitem__(2, VOCABULARY + 7),
+    "a position behind the end": lambda plan, tokens: plan.write_positions.__setitem__(2, LENGTH),
+    "a slot that is not there": lambda plan, tokens: plan.write_slots.__setitem__(2, 3),
+    "a run behind the last token": lambda plan, tokens: plan.runs[1, 1].add_(1),
+    "a run behind the last key": lambda plan, tokens: plan.runs[1, 3].fill_(LENGTH),
+    "a run of another slot": lambda plan, tokens: plan.runs[1, 2].fill_(3),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_plan_that_does_not_fit_writes_nothing(wrong: str) -> None:
+    cache = SlotCache(3, LENGTH, CPU)
+    forward, tokens = NativeForward(VARIANTS["llama"](), cache), torch.arange(5)
+    plan, positions = ragged_plan(cache, 1, [0, 4], [2, 3], 0)
+    assert forward(tokens, positions, plan, linear, cache=cache).isfinite().all()
+    before = [buffer.clone() for buffer in cache.buffers(0)]
+    WRONG[wrong](plan, tokens)
+    with pytest.raises(IndexError, match="row 2: token"):
+        forward(tokens, positions, plan, linear, cache=cache)
+    assert all(map(torch.equal, cache.buffers(0), before))
+    with pytest.raises(AssertionError, match="one cache"):
+        forward(tokens, positions, plan, linear, cache=SlotCache(3, LENGTH, CPU))
+
+
+def test_many_tokens_are_read_in_tiles_and_threads_change_no_bit_of_what_lies_between() -> None:
+    """More tokens than go through the MLP together, and enough for threads to share each pass."""
+    model, lengths = build("qwen3", head_dim=64), [700, 1, 333]
+    tokens, seen, threads = torch.arange(sum(lengths)) % VOCABULARY, [], torch.get_num_threads()
+    for count in (1, 3):
+        cache = SlotCache(3, 700, CPU)
+        torch.set_num_threads(count)
+        try:
+            forward = NativeForward(model, cache)
+            size = library().katds_forward_floats(ctypes.byref(forward._model), ctypes.c_int64(len(tokens)))
+            forward._work = torch.full((size + 10_000,), CANARY)
+            torch.set_num_threads(1)  # of the matrix products
+            plan, positions = ragged_plan(cache, 0, [0] * 3, lengths, 0)
+            seen.append(forward(tokens, positions, plan, linear, cache=cache))
+        finally:
+            torch.set_num_threads(threads)
+        assert (forward._work[size:] == CANARY).all(), "the work space is too small"
+    assert torch.equal(*seen)
+    twin, cache = exact(model), SlotCache(3, 700, CPU)
+    plan, positions = ragged_plan(cache, 0, [0] * 3, lengths, 0)
+    right = twin(tokens, positions, plan, linear, cache=cache)
+    assert (seen[0] - right).norm() < 1e-5 * right.norm()
 
 
 def test_denormal_numbers_survive() -> None:
@@ -250,7 +303,6 @@ REFUSED: dict[str, Callable[[], FlatCausalLM]] = {
     "the model is a olmo2": lambda: build("olmo2"),
     "its rotary embedding is 'dynamic'": lambda: build("llama", **rope("dynamic")),
     "its activation is not silu": lambda: build("llama", hidden_act="gelu"),
-    "its heads have 288 dimensions, more than 256": lambda: build("llama", head_dim=288),
     "turns 4 of 8 dimensions": lambda: build("llama", **rope("linear", partial_rotary_factor=0.5)),
     "one of its matrices is a Adapter": lambda: spoilt(lambda m: setattr(first(m).mlp, "up_proj", Adapter(32, 48))),
     "are strided torch.float32 on cpu": lambda: spoilt(lambda m: transpose(first(m).self_attn.q_proj)),
@@ -280,7 +332,7 @@ def test_another_formula_is_found_out_and_said_once() -> None:
     mlp = first(model).mlp
     mlp.forward = lambda x: mlp.down_proj(mlp.gate_proj(x).relu() * mlp.up_proj(x))
     make = StepMaker(True, False, said.append)
-    steps = [make(model, 2, 8, CPU)[1] for _ in range(2)]
+    steps = [make(model, 2, 8, CPU).step for _ in range(2)]
     assert all(isinstance(step, PlainStep) for step in steps)
     assert len(said) == 1 and "logits differ from the model's own" in said[0]
 
@@ -288,6 +340,23 @@ def test_another_formula_is_found_out_and_said_once() -> None:
 def test_a_sound_model_is_taken_without_a_word() -> None:
     said: list[str] = []
     for name in VARIANTS:
-        _, step = StepMaker(True, False, said.append)(VARIANTS[name](), 2, 8, CPU)
+        step = StepMaker(True, False, said.append)(VARIANTS[name](), 2, 8, CPU).step
         assert isinstance(step, NativeStep), (name, said)
     assert not said
+
+
+def test_a_teacher_is_read_in_c_where_that_is_right_and_as_it_is_elsewhere() -> None:
+    said: list[str] = []
+    cache = SlotCache(2, 8, CPU)
+    make = ForwardMaker(True, said.append)
+    assert isinstance(make(VARIANTS["qwen3"](), cache), NativeForward) and not said
+    engine = torch.nn.Linear(1, 1)  # whatever gathers its weights itself
+    assert make(engine, cache) is engine and not said
+    model = VARIANTS["qwen3"]()
+    assert ForwardMaker(False, said.append)(model, cache) is model and not said
+    wrong = VARIANTS["qwen3"]()
+    attention = first(wrong).self_attn
+    attention.q_norm.forward = lambda x: x
+    make = ForwardMaker(True, said.append)
+    assert make(wrong, cache) is wrong and make(wrong, cache) is wrong
+    assert len(said) == 1 and said[0].startswith("the teacher reads through transformers")
