@@ -90,11 +90,15 @@ class FlatCausalLM(nn.Module):
     ) -> Any:
         """Runs the flat tokens [N] and returns head(hidden [rows or N, H], weight [V, H], bias), or None without a head function.
 
-        Under a `SlotPlan` the cache is written as a side effect.
+        Under a `SlotPlan` the cache is written as a side effect, and tokens past the end of a model's table of positions share its
+        last row.
         """
         if cache is not None:
             assert isinstance(plan, SlotPlan)
             cache.prepare(plan)
+            if self._last_position is not None:
+                # A slot that writes past its end may be past the table's, too. Any row will do: what it writes there is never seen.
+                position_ids = position_ids.clamp(max=self._last_position)
         base, output_head = self._parts
         hidden = base(
             input_ids=input_ids[None],
@@ -112,6 +116,14 @@ class FlatCausalLM(nn.Module):
         if self._vocabulary < weight.shape[0]:
             return weight[: self._vocabulary], None if bias is None else bias[: self._vocabulary]
         return weight, bias
+
+
+def _last_position(config: Any) -> int | None:
+    """The last one that a model with a table of positions has a row for; None where rotary angles serve any position."""
+    if getattr(config, "rope_parameters", None):
+        return None
+    rows = getattr(config, "max_position_embeddings", None)
+    return None if rows is None else rows - 1
 
 
 def linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
