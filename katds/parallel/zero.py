@@ -181,10 +181,19 @@ def _read(path: Path, config: dict[str, Any]) -> nn.Module:
     keep_alive = HfDeepSpeedConfig(copy.deepcopy(config))
     with _linear_as(torch.nn.functional.linear):  # zero.Init replaces it for the whole process and for good
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=model_dtype(config), attn_implementation=ATTENTION, use_safetensors=True
-        )
+            path, config=_without_dropout(AutoConfig.from_pretrained(path)), dtype=model_dtype(config),
+            attn_implementation=ATTENTION, use_safetensors=True,
+        )  # fmt: skip
     del keep_alive
     return model
+
+
+def _without_dropout(config: Any) -> Any:
+    """The policy that learns is then the one that wrote the rollouts. An exported model keeps the rates of its folder."""
+    for name, value in config.get_text_config().to_dict().items():
+        if ("dropout" in name or "pdrop" in name) and isinstance(value, float):
+            setattr(config.get_text_config(), name, 0.0)
+    return config
 
 
 @contextmanager
