@@ -33,6 +33,17 @@ def test_products_are_those_of_the_model() -> None:
     assert products.multiply(3) > 0
 
 
+@pytest.mark.parametrize(("count", "parts"), [(0, ["abcdefg"]), (2, ["abc", "def", "g"]), (3, ["ab", "cd", "ef", "g"])])
+def test_products_layer_by_layer(count: int, parts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = {torch.zeros(1, 1): name for name in "abcdefg"}
+    seen: list[str] = []
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda rows, weight: seen.append(weights[weight] * len(rows)))
+    for layer in Products(list(weights)).layers(2, count):
+        layer()
+        seen.append("|")
+    assert "".join(seen) == "".join("".join(2 * name for name in part) + "|" for part in parts)
+
+
 def test_above_a_height_time_is_in_proportion() -> None:
     products = Known([torch.zeros(1, 1)])
     assert products.seconds(4) == 5
@@ -84,28 +95,6 @@ def test_the_first_call_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(floors.time, "perf_counter", lambda: now)
     assert floors.median_seconds(run, torch.device("cpu")) == 3.0
-
-
-@pytest.mark.parametrize(("queries", "keys", "backward"), [(1, 7, False), (3, 7, False), (7, 7, True)])
-def test_attention_of_all_layers(queries: int, keys: int, backward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last queries see all keys up to their own."""
-    seen: list[torch.Tensor] = []
-    attend = torch.nn.functional.scaled_dot_product_attention
-
-    def spy(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, **more: bool) -> torch.Tensor:
-        assert q.shape == (5, 4, queries, 8) and k.shape == v.shape == (5, 2, keys, 8)
-        out = attend(q, k, torch.arange(float(keys))[:, None].expand_as(v) + 0 * v, mask, **more)
-        even = attend(0 * q, k, torch.arange(float(keys))[:, None].expand_as(v), mask, **more)
-        seen.append(even[0, 0, :, 0])
-        return out
-
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
-    monkeypatch.setattr(floors, "median_seconds", lambda run, device: run() or 2.0)
-    config = Qwen3Config(num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
-    of_one = (torch.float32, torch.device("cpu"), 5, queries, keys, backward)
-    assert floors.attention_seconds(config, *of_one) == 6.0
-    means = [last / 2 for last in range(keys - queries, keys)]  # of the keys 0 .. last
-    assert seen[0].tolist() == pytest.approx(means)
 
 
 def test_operations_by_hand() -> None:

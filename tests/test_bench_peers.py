@@ -19,6 +19,7 @@ from katds.bench.contest import Step, rotated
 from katds.bench.report import Result
 from katds.bench.workloads import QWEN, SPECIALS, WORKLOADS, Size, Workload, build
 from katds.core.divergences import reverse_kl
+from katds.core.stop.kat import KatSettings
 
 ROOT = Path(__file__).parent.parent
 
@@ -117,6 +118,18 @@ def test_qwen_shapes_have_one_variant_and_are_asked_for_by_name(tmp_path: Path) 
     assert recipe["objective"]["support"] == "full" and recipe["teacher"]["gather"] == "layer"
     assert {Path(recipe[role]["deepspeed"]).name for role in ("student", "teacher")} == {"zero3_bf16.json"}
     assert not set(WORKLOADS) & set(QWEN)
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_random_shapes_have_kat_in_windows_that_fit(name: str, tmp_path: Path) -> None:
+    workload = WORKLOADS[name]
+    recipes = peers._random(workload, options("--gather", "layer", "once", "--ranks", "2"), tmp_path).recipes
+    assert list(recipes) == ["never-full-layer", "never-full-once", "never-student_top_k-layer", "kat-full-layer"]
+    settings = KatSettings.model_validate(recipes["kat-full-layer"]["stop"])
+    settings.check(workload.new_tokens, temperature=1.0, audit_fraction=0.0625)
+    if workload.new_tokens == 512:
+        assert settings == KatSettings(window=KatSettings().window), "the default"
+    assert settings.threshold == KatSettings().threshold
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -224,9 +237,9 @@ def test_a_row_by_hand() -> None:
 @pytest.mark.slow
 def test_smoke() -> None:
     result = peers.run(options(*peers.SMOKE))
-    assert [row["katds"] for row in result.rows] == ["never-full-once", "never-student_top_k-once"]
+    assert [row["katds"] for row in result.rows] == ["never-full-once", "never-student_top_k-once", "kat-full-once"]
     for row in result.rows:
         assert row["TRL length"] == row["katds length"] == WORKLOADS["smoke"].new_tokens
-    assert len(result.samples) == 2 * 3
+    assert len(result.samples) == 2 * 4
     assert result.settings["ranks"] == 2 and result.settings["shapes"] == ["smoke"]
     json.dumps(result.settings)

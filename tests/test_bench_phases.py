@@ -31,12 +31,16 @@ def test_waiting_is_what_the_reductions_take_beyond_their_own_time() -> None:
 
 def test_rows_are_medians_and_their_floors() -> None:
     steps = [phases._phases(LAST | {"time/rollout/decode": decode}, 30.0, 1.5) for decode in (2.0, 8.0, 3.0)]
-    measured = {"steps": steps, "floors": {"decode": 1.5, "teacher": 0.0}, "attention": {"decode": 0.25}}
+    measured = {
+        "steps": steps, "floors": {"decode": 1.5, "teacher": 0.0}, "attention": {"decode": 0.25}, "displaced": {"decode": 0.5},
+        "keys": {"decode": 0.125}, "sdpa": {"decode": 0.75},
+    }  # fmt: skip
     rows = {row["phase"]: row for row in phases._rows("x", measured)}
     assert rows["decode"] == {
         "shape": "x", "phase": "decode", "seconds": 3.0, "share": "10%", "floor": 1.5, "x floor": "2.00",
-        "sdpa": 0.25,
+        "attention": 0.25, "displaced": 0.5, "rest": 0.75, "keys": 0.125, "sdpa": 0.75,
     }  # fmt: skip
+    assert rows["judge"]["attention"] is None and rows["judge"]["rest"] is None
     assert rows["teacher"]["x floor"] is None and rows["learn"]["floor"] is None
     assert list(rows) == [*phases.PHASES, "learn", "sync", "idle", "other", "step"]
 

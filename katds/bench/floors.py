@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -57,15 +58,26 @@ class Products:
         """Median seconds of the products with `rows` tokens."""
         import torch
 
+        device, (forward,) = self.weights[0].device, self.layers(rows, 0)
+        with torch.inference_mode():
+            return median_seconds(recorded(forward) if device.type == "cuda" else forward, device)
+
+    def layers(self, rows: int, count: int) -> list[Callable[[], None]]:
+        """The products with `rows` tokens of each of `count` layers, which are alike, and of what is left: the head, or with no layers
+        all."""
+        import torch
+
         weights, device = self.weights, self.weights[0].device
         inputs = {w.shape[1]: torch.randn(rows, w.shape[1], dtype=w.dtype, device=device) for w in weights}
+        size = (len(weights) - 1) // max(count, 1)
+        bounds = [size * layer for layer in range(count + 1)]
 
-        def forward() -> None:
-            for weight in weights:
+        def multiply(part: list[torch.Tensor]) -> None:
+            for weight in part:
                 torch.nn.functional.linear(inputs[weight.shape[1]], weight)
 
-        with torch.inference_mode():
-            return median_seconds(_recorded(forward) if device.type == "cuda" else forward, device)
+        parts = [weights[low:high] for low, high in zip(bounds, [*bounds[1:], len(weights)], strict=True)]
+        return [partial(multiply, part) for part in parts]
 
     def total(self, forwards: Mapping[int, float]) -> float:
         """Seconds of {rows: how many forwards with so many}. Of many sizes a few are timed, the others interpolated."""
@@ -75,31 +87,6 @@ class Products:
         probes = sorted({sizes[round(i * (len(sizes) - 1) / 7)] for i in range(8)})
         known = {rows: self.seconds(rows) for rows in probes}
         return sum(count * _between(known, rows) for rows, count in forwards.items() if rows > 0)
-
-
-def attention_seconds(
-    config: Any, dtype: torch.dtype, device: torch.device, batch: int, queries: int, keys: int, backward: bool = False
-) -> float:
-    """Of PyTorch's own attention in all layers: the last `queries` of the `keys` tokens of each of `batch` sequences."""
-    import torch
-
-    def random(heads: int, tokens: int) -> torch.Tensor:
-        return torch.randn(batch, heads, tokens, config.head_dim, dtype=dtype, device=device, requires_grad=backward)
-
-    q = random(config.num_attention_heads, queries)
-    k, v = (random(config.num_key_value_heads, keys) for _ in range(2))
-    causal, gradient = queries == keys, torch.ones_like(q)
-    mask = None
-    if not causal and queries > 1:
-        mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
-
-    def layer() -> None:
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
-        if backward:
-            torch.autograd.grad(out, (q, k, v), gradient)
-
-    seconds: float = config.num_hidden_layers * median_seconds(layer, device)
-    return seconds
 
 
 def copy_bandwidth(device: torch.device, size: int = COPIED) -> float:
@@ -125,8 +112,8 @@ def median_seconds(run: Callable[[], Any], device: torch.device) -> float:
     return statistics.median(taken[1:])
 
 
-def _recorded(run: Callable[[], Any]) -> Callable[[], Any]:
-    """As a CUDA graph: to launch a small product takes longer than to compute it."""
+def recorded(run: Callable[[], Any]) -> Callable[[], Any]:
+    """As a CUDA graph: to launch a small kernel takes longer than to compute it."""
     import torch
 
     run()  # libraries set themselves up, which must not be recorded

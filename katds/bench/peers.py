@@ -41,6 +41,9 @@ NOTES = [
     "without CUDA its loss covers padding too. --trl-micro-batch splits its learning, not its writing.",
     "TRL comes first in each round; the variants of katds take turns in coming next. loss (in the JSON file) is that of the step.",
     "never: no rollout is ended early, so that both write the same number of tokens, up to chance where lengths are random.",
+    "kat in the shapes of random weights: the rule with its defaults, but windows of an eighth of the longest response (at 512 tokens "
+    "the default, 64). Before step 50 and 512 known minima it ends no rollout: the row says what watching costs. Later it would cut by "
+    "chance, where nothing is to be saved: its threshold is a quantile of the minima it has seen, however small these are.",
 ]
 NOTES_DEMO = [
     "demo: katds trains the student of the demo for {steps} steps by the demo's recipe, uncounted; this student is where TRL and all "
@@ -131,11 +134,18 @@ def _random(workload: Workload, options: argparse.Namespace, folder: Path) -> Co
         "data": {"max_prompt_tokens": workload.prompt_tokens, "chat_template": False, "answer_column": None},
         "rollout": {"chunk_tokens": options.chunk or 32},
     }
-    variants = [("full", gather) for gather in options.gather] + [("student_top_k", options.gather[0])]
+    first = options.gather[0]
+    variants = [(NEVER, "full", gather) for gather in options.gather]
+    variants += [(NEVER, "student_top_k", first), (_kat(workload), "full", first)]
     if workload.name in QWEN:
-        variants = [("full", "layer")]
-    recipes = [_recipe(base, task, options, NEVER, support, gather) for support, gather in variants]
+        variants = [(NEVER, "full", "layer")]
+    recipes = [_recipe(base, task, options, *variant) for variant in variants]
     return Contest(task, _named(recipes), workload)
+
+
+def _kat(workload: Workload) -> dict[str, Any]:
+    """KAT with its defaults, scaled to responses that are too short for its default window."""
+    return {"kind": "kat", "window": workload.new_tokens // 8}
 
 
 def _demo(options: argparse.Namespace, folder: Path) -> Contest:

@@ -1,7 +1,7 @@
-"""Where a training step spends its time, and how far each phase is from the time of its bare matrix products.
+"""Where a training step spends its time, how far each phase is from the time of its bare matrix products, and what attention has of that.
 
-The floors are timed on the same ranks right after the steps, all ranks at once; on CUDA a forward's floor is also no less than its
-weights' bytes over the bandwidth of a copy. `sync` is what the rounds' control reductions cost when nobody is late; `idle` is the
+Floors and attention are timed on the same ranks right after the steps, all ranks at once; on CUDA a forward's floor is also no less
+than its weights' bytes over the bandwidth of a copy. `sync` is what the rounds' control reductions cost when nobody is late; `idle` is the
 rest of the time in them: waiting for the slowest rank.
 """
 
@@ -14,11 +14,22 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from katds.bench.arguments import default_ranks, positive
-from katds.bench.floors import Products, attention_seconds, copy_bandwidth
+from katds.bench.attention_time import (
+    SlotAttention,
+    decode_forwards,
+    learn_katds,
+    learn_sdpa,
+    learned_lengths,
+    live_rows,
+    teacher_forwards,
+    total,
+)
+from katds.bench.floors import Products, copy_bandwidth, median_seconds
 from katds.bench.ranks import on_ranks
 from katds.bench.recipes import recipe
 from katds.bench.report import Result, told
@@ -38,11 +49,18 @@ PHASES = {  # column -> clock
 NOTES = [
     "seconds: median over steps, rank 0; share: of the step; floor: the bare matrix products of the same shapes.",
     "on CUDA a forward's floor is the larger of its products and of its weights' bytes over the measured copy bandwidth; the bytes of "
-    "keys and values are left out.",
+    "keys and values are not in it.",
     "on CUDA the device is synchronised around each phase, so that it is told from the next one; a run does not wait there.",
-    "sdpa: what PyTorch's own scaled_dot_product_attention takes in all layers at the mean length; no part of the floor.",
+    "attention: katds's own, of all layers, timed by itself over caches as large as the phase's, chunk by chunk with the live rows and "
+    "the keys of that time; in decode's, a call from Python per layer, which a step in C does without.",
+    "displaced: what decode's products and attention take more in turn, layer by layer as in a model, than each by itself, where weights "
+    "or keys stay in the processor's caches.",
+    "rest: seconds - floor - attention - displaced. Timed after the steps: where the machine's speed changes, it may be negative.",
+    "keys: the keys and values of the same forwards, each read once a forward, over the bandwidth at which all ranks at once read their "
+    "whole caches (key_bytes_per_second in the JSON file; on CUDA that of a copy): as much of attention as memory could explain.",
+    "sdpa: PyTorch's own scaled_dot_product_attention in place of attention.",
     "learn: forward and backward (three products per weight and token; the loss makes the head's gradients in the forward).",
-    "decode's floor has one product of all live rows per weight and token step; attention, sampling and top-K come on top of it.",
+    "decode's floor has one product of all live rows per weight and token step; norms, sampling and top-K are in its rest.",
     "other: sums over ranks, console line, TensorBoard, gathering the students' weights for the rollout phase.",
 ]
 
@@ -69,28 +87,31 @@ def run(options: argparse.Namespace) -> Result:
         measured = on_ranks(settings["ranks"], _measure, WORKLOADS[shape], settings)[0]
         result.samples += [{"shape": shape, **step} for step in measured["steps"]]
         result.rows += _rows(shape, measured)
+        result.settings.setdefault("key_bytes_per_second", {})[shape] = measured["key_bandwidths"]
         if math.isfinite(measured["bandwidth"]):
             result.settings.setdefault("copy_bytes_per_second", {})[shape] = measured["bandwidth"]
     return result
 
 
 def _rows(shape: str, measured: dict[str, Any]) -> list[dict[str, Any]]:
-    steps, floors, attention = measured["steps"], measured["floors"], measured["attention"]
+    steps, floors, attention, displaced = (measured[key] for key in ("steps", "floors", "attention", "displaced"))
     median = {key: statistics.median(step[key] for step in steps) for key in steps[0]}
     whole = median["step"]
     rows = []
     for name in (*PHASES, "learn", "sync", "idle", "other"):
-        floor = floors.get(name)
+        seconds, floor = median[name], floors.get(name)
         rows.append({
-            "shape": shape, "phase": name, "seconds": median[name], "share": f"{median[name] / whole:.0%}",
-            "floor": floor, "x floor": None if not floor else f"{median[name] / floor:.2f}",
-            "sdpa": attention.get(name),
+            "shape": shape, "phase": name, "seconds": seconds, "share": f"{seconds / whole:.0%}",
+            "floor": floor, "x floor": f"{seconds / floor:.2f}" if floor else None, "attention": attention.get(name),
+            "displaced": displaced.get(name),
+            "rest": seconds - floor - attention[name] - displaced.get(name, 0.0) if floor else None,
+            "keys": measured["keys"].get(name), "sdpa": measured["sdpa"].get(name),
         })  # fmt: skip
     return [*rows, {"shape": shape, "phase": "step", "seconds": whole, "share": "100%"}]
 
 
 def _measure(workload: Workload, settings: dict[str, Any]) -> dict[str, Any]:
-    """Collective: seconds per phase of each counted step, the floors and the attention of the last one, and the bandwidth."""
+    """Collective: seconds per phase of each counted step, the floors and the attention of the last one, and bandwidths."""
     import torch
 
     from katds.config import Recipe
@@ -122,9 +143,10 @@ def _measure(workload: Workload, settings: dict[str, Any]) -> dict[str, Any]:
         reductions = run.trainer.engine.stats.rounds + 1  # one more finds that nothing is left to do
         steps.append(_phases(run.monitor.last, whole, reductions * _reduction(world.collective)))
     bandwidth = copy_bandwidth(world.device) if world.device.type == "cuda" else math.inf
+    student, teacher = _products(run, world, bandwidth)
     return {
-        "steps": steps[1:], "floors": _floors(run, world, workload, bandwidth), "bandwidth": bandwidth,
-        "attention": _attention(run, world, workload, settings["chunk"]),
+        "steps": steps[1:], "floors": _floors(run, world, workload, student, teacher), "bandwidth": bandwidth,
+        **_attention(run, world, workload, settings["chunk"], student),
     }  # fmt: skip
 
 
@@ -170,15 +192,20 @@ def _reduction(collective: Collective) -> float:
     return statistics.median(taken)
 
 
-def _floors(run: Run, world: World, workload: Workload, bandwidth: float) -> dict[str, float]:
+def _products(run: Run, world: World, bandwidth: float) -> tuple[Products, Products]:
+    """Of student and teacher."""
     from transformers import AutoConfig
 
-    stats, last = run.trainer.engine.stats, run.monitor.last
     dtype = next(run.student.engine.module.parameters()).dtype
     student, teacher = (
         Products.of(AutoConfig.from_pretrained(path), run.inputs.facts.tokenizer_size, dtype, world.device, bandwidth)
         for path in (run.recipe.student.path, run.recipe.teacher.path)
     )
+    return student, teacher
+
+
+def _floors(run: Run, world: World, workload: Workload, student: Products, teacher: Products) -> dict[str, float]:
+    stats, last = run.trainer.engine.stats, run.monitor.last
     learned = (last["train/tokens"] / world.size + workload.rollouts * workload.prompt_tokens) / last[
         "train/micro_batches"
     ]
@@ -190,20 +217,37 @@ def _floors(run: Run, world: World, workload: Workload, bandwidth: float) -> dic
     }  # fmt: skip
 
 
-def _attention(run: Run, world: World, workload: Workload, chunk: int) -> dict[str, float]:
-    """Seconds of PyTorch's own attention in the phases of the last step, as if all rollouts had the mean length."""
+def _attention(
+    run: Run, world: World, workload: Workload, chunk: int, products: Products
+) -> dict[str, dict[str, float]]:
+    """Collective: what attention takes in the phases of the last step; every rollout had its slot from the beginning.
+
+    Args:
+        products: of the student. Its bandwidth is that at which keys are read; not finite: to be measured.
+    """
     from transformers import AutoConfig
 
     student, teacher = (AutoConfig.from_pretrained(path) for path in (run.recipe.student.path, run.recipe.teacher.path))
     dtype, device = next(run.student.engine.module.parameters()).dtype, world.device
-    steps = run.trainer.engine.stats.decode_steps
-    forwards = sum(steps.values())
-    rows = max(round(sum(live * count for live, count in steps.items()) / max(forwards, 1)), 1)
-    length = round(run.monitor.last["rollout/length_mean"])
-    keys, whole = workload.prompt_tokens + length // 2, workload.prompt_tokens + length
-    world.collective.barrier()
-    return {
-        "decode": forwards * attention_seconds(student, dtype, device, rows, 1, keys),
-        "teacher": forwards / chunk * attention_seconds(teacher, dtype, device, rows, min(chunk, keys), keys),
-        "learn": attention_seconds(student, dtype, device, workload.rollouts, whole, whole, backward=True),
+    live, prompt = live_rows(run.trainer.engine.stats.decode_steps), workload.prompt_tokens
+    columns: dict[str, dict[str, float]] = {
+        name: {} for name in ("attention", "displaced", "sdpa", "keys", "key_bandwidths")
     }
+    phases = (("decode", student, decode_forwards), ("teacher", teacher, teacher_forwards))
+    for name, config, made in phases:
+        forwards = made(live, prompt, chunk)
+        slots = SlotAttention(config, workload.rollouts, prompt + workload.new_tokens + chunk, dtype, device)
+        world.collective.barrier()
+        reads = products.bandwidth if math.isfinite(products.bandwidth) else slots.bandwidth()
+        columns["key_bandwidths"][name], columns["keys"][name] = reads, slots.bytes(forwards) / reads
+        for column, seconds in (("attention", slots.katds), ("sdpa", slots.sdpa)):
+            world.collective.barrier()
+            columns[column][name] = total(forwards, seconds)
+        if name == "decode":
+            world.collective.barrier()
+            columns["displaced"][name] = total(forwards, partial(slots.displaced, products))
+    lengths = learned_lengths(live, prompt, chunk, workload.new_tokens)
+    for column, attention in (("attention", learn_katds), ("sdpa", learn_sdpa)):
+        world.collective.barrier()
+        columns[column]["learn"] = median_seconds(attention(student, lengths, dtype, device), device)
+    return columns

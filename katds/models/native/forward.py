@@ -40,10 +40,7 @@ class _Layer(ctypes.Structure):
 
 class _Model(ctypes.Structure):
     _fields_ = [
-        *(
-            (n, ctypes.c_void_p)
-            for n in ("sgemm", "parallel", "embedding", "norm", "cosine", "sine")
-        ),
+        *((n, ctypes.c_void_p) for n in ("sgemm", "parallel", "embedding", "norm", "cosine", "sine")),
         *((n, ctypes.c_int64) for n in ("layers", "hidden", "heads", "kv_heads", "dim", "inner", "tokens")),
         *((n, ctypes.c_int64) for n in ("slots", "length", "threads")),
         ("eps", ctypes.c_float),
@@ -138,7 +135,9 @@ class NativeForward:
             if tensor is not None:
                 assert tensor.dtype == torch.int64 and tensor.is_contiguous(), f"{tensor.dtype} {tensor.stride()}"
         count = tokens.shape[0]
-        assert positions.shape == tokens.shape and writes[1].shape == writes[2].shape, "one position per token and write"
+        assert positions.shape == tokens.shape and writes[1].shape == writes[2].shape, (
+            "one position per token and write"
+        )
         floats = self._floats(ctypes.byref(self._model), ctypes.c_int64(count))
         if floats > len(self._work):
             self._work = torch.empty(floats)
@@ -200,7 +199,9 @@ class NativeStep:
         Raises IndexError, before anything is written.
         """
         rows = tokens.shape[0]
-        assert rows <= self._cache.slots and positions.shape == tokens.shape, f"{rows} tokens for {self._cache.slots} slots"
+        assert rows <= self._cache.slots and positions.shape == tokens.shape, (
+            f"{rows} tokens for {self._cache.slots} slots"
+        )
         runs = self._runs[:rows]
         runs[:, 3] = positions
         hidden = self.forward.hidden(tokens, positions, (None, self._slots[:rows], positions), runs)
