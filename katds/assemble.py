@@ -52,7 +52,7 @@ def assemble(
         rule,
         objective.needs,
         world.collective,
-        engine_settings(recipe, inputs.facts, world, sampling),
+        replace(engine_settings(recipe, inputs.facts, world, sampling), teacher_top_k=objective.teacher_top_k),
         monitor.phase,
         speaker(world, monitor.say),
     )
@@ -60,7 +60,7 @@ def assemble(
         monitor.say(f"warning: rollout.overlap only costs a chunk per rollout here: {reason}")
     total = inputs.steps * recipe.train.minibatches
     learner = Learner(
-        student, teacher, objective, world.collective,
+        student, teacher, objective, world.collective, steps=inputs.steps, seed=recipe.run.seed,
         lr=cosine_with_warmup(optimizer.lr, total, optimizer.warmup_fraction, optimizer.final_lr_fraction),
         temperature=sampling.scale, minibatches=recipe.train.minibatches, budget=recipe.train.micro_batch_tokens,
         device=world.device, clock=monitor.phase, attention_weight=student.engine.module.attention_weight(),

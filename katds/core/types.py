@@ -24,17 +24,23 @@ class StopReason(StrEnum):
 
 
 class Need(StrEnum):
-    """What an objective asks of the teacher at every response position."""
+    """What an objective asks for at every response position: of the teacher, or of the student as it wrote."""
 
     SAMPLED = "sampled"  # log q of the sampled token
     STUDENT_TOP_K = "student_top_k"  # log q at the student's K most probable tokens
     TEACHER_TOP_K = "teacher_top_k"  # the teacher's K most probable tokens with their log q
     ENTROPY = "entropy"  # entropy of q
     FULL = "full"  # q over the whole vocabulary, kept as hidden states and unrolled tile by tile
+    WRITTEN = "written"  # log p of the sampled token when it was written
+    STUDENT_ENTROPY = "student_entropy"  # entropy of p when the token was written
 
 
 class Field(StrEnum):
-    """Keys of a teacher signal. Every tensor's first axis is the response token."""
+    """Keys of a signal. Every tensor's first axis is the response token.
+
+    Student and teacher are both taken at the rollout temperature, before top-k, top-p and min-p. What an objective makes in
+    `prepare` lies beside what it asked for.
+    """
 
     SAMPLED = "sampled"  # [T] float32
     STUDENT_TOP_IDS = "student_top_ids"  # [T, K] int32
@@ -44,6 +50,12 @@ class Field(StrEnum):
     ENTROPY = "entropy"  # [T] float32, nats
     HIDDEN = "hidden"  # [T, H] the teacher's last hidden state
     TEACHER_LOGPROBS = "teacher_logprobs"  # [T, V] float32, exists only inside one vocabulary tile
+    WRITTEN = "written"  # [T] float32
+    STUDENT_ENTROPY = "student_entropy"  # [T] float32, nats
+    LEARNED = "learned"  # [T] bool, made by `prepare`: False leaves the token out of loss and count
+    WEIGHT = "weight"  # [T] float32, made by `prepare`
+    TRUSTED = "trusted"  # [T] bool, made by `prepare`
+    REWARD = "reward"  # [T] float32, an advantage made by `prepare`
 
 
 Signal = Mapping[Field, torch.Tensor]
@@ -101,6 +113,7 @@ class Rollout:
     reason: StopReason
     cut: Cut | None = None
     divergences: list[float] = field(default_factory=list)
+    hole: tuple[int, int] | None = None  # response tokens [from, to) that the loss leaves out although they are kept
 
     @property
     def id(self) -> int:

@@ -7,12 +7,13 @@ tokens too many; they are never seen again.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
 from katds.core.counter import key, uniforms
+from katds.core.types import Need
 from katds.models.causal import Forward
 from katds.models.plans import upload
 from katds.models.slot_cache import SlotCache, ragged_plan
@@ -29,14 +30,16 @@ class Chunk:
     tokens_SC: torch.Tensor  # int64, what it wrote
     top_ids_SCK: torch.Tensor | None  # int64, the student's K most probable tokens
     top_logprobs_SCK: torch.Tensor | None  # float32
+    logprobs_SC: torch.Tensor | None = None  # float32, of what it wrote
+    entropies_SC: torch.Tensor | None = None  # float32, nats
 
     def take(self, slots: Sequence[int]) -> Chunk | None:
         """The chunk of these slots, in their order; None of none."""
         if not slots:
             return None
         at = upload(torch.tensor(slots), self.tokens_SC.device)
-        fields = (self.inputs_SC, self.tokens_SC, self.top_ids_SCK, self.top_logprobs_SCK)
-        return Chunk(*(None if field is None else field[at] for field in fields))  # type: ignore[arg-type]
+        values = (getattr(self, field.name) for field in fields(self))
+        return Chunk(*(None if value is None else value[at] for value in values))  # type: ignore[arg-type]
 
 
 class Decoder:
@@ -46,16 +49,18 @@ class Decoder:
         model, step: the same student, for prefill and for a token in every slot.
         cache: the student's keys; holds every live seat up to, not including, its pending token.
         top_k: how many of the student's best log-probabilities to keep per token; 0 keeps none.
+        needs: of these, what the student knows as it writes.
         seed, stream: name the random numbers together with rollout id and position.
     """
 
     def __init__(
-        self, model: Forward, step: Step, cache: SlotCache, sampling: Sampling, top_k: int, seed: int, stream: int
-    ) -> None:
+        self, model: Forward, step: Step, cache: SlotCache, sampling: Sampling, top_k: int, needs: frozenset[Need],
+        seed: int, stream: int,
+    ) -> None:  # fmt: skip
         self._model, self._step = model, step
         self._cache = cache
         self._sampling = sampling
-        self._top_k = top_k
+        self._top_k, self._needs = top_k, needs
         self._origin = (seed, stream)
 
     def prefill(self, seats: Sequence[Seat], leaders: Mapping[int, int]) -> None:
@@ -86,23 +91,25 @@ class Decoder:
             pending = torch.cat([flight.tokens_SC[:, -1], pending[flying:]])
         random_CS = uniforms(keys, counters + torch.arange(tokens, device=counters.device)[:, None])
         longest = max(seat.position + more for seat, more in zip(seats, ahead, strict=True))
-        inputs, written, ids, logprobs = [], [], [], []
+        inputs, drawn = [], []
+        wanted = {"logprob": Need.WRITTEN in self._needs, "entropy": Need.STUDENT_ENTROPY in self._needs}
         with torch.inference_mode():  # a tenth faster than no_grad; what is stacked outside are ordinary tensors again
             for step in range(tokens):
                 logits = self._step(pending, positions, longest + step + 1)
-                drawn = sample_step(logits, random_CS[step], self._sampling, self._top_k)
+                drawn.append(sample_step(logits, random_CS[step], self._sampling, self._top_k, **wanted))
                 inputs.append(pending)
-                written.append(drawn.tokens_S)
-                if drawn.top_ids_SK is not None and drawn.top_logprobs_SK is not None:
-                    ids.append(drawn.top_ids_SK)
-                    logprobs.append(drawn.top_logprobs_SK)
-                pending, positions = drawn.tokens_S, positions + 1
+                pending, positions = drawn[-1].tokens_S, positions + 1
+        rest = ("top_ids_SK", "top_logprobs_SK", "logprobs_S", "entropies_S")
         return Chunk(
             torch.stack(inputs, 1),
-            torch.stack(written, 1),
-            torch.stack(ids, 1) if ids else None,
-            torch.stack(logprobs, 1) if logprobs else None,
+            torch.stack([each.tokens_S for each in drawn], 1),
+            *(_stacked([getattr(each, name) for each in drawn]) for name in rest),
         )
 
     def _tensor(self, values: Sequence[Any]) -> torch.Tensor:
         return upload(torch.tensor(values, dtype=torch.int64), self._cache.device)
+
+
+def _stacked(steps: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    present = [step for step in steps if step is not None]
+    return torch.stack(present, 1) if present else None

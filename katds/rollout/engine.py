@@ -137,12 +137,13 @@ class RolloutEngine:
         slots = min(self._settings.slots, max(len(requests), 1))
         made = self._steps(model, slots, length, self._settings.device)
         sampling, seed = self._settings.sampling, self._settings.seed
-        decoder = Decoder(made.forward, made.step, made.cache, sampling, self._top_k, seed, stream)
+        decoder = Decoder(made.forward, made.step, made.cache, sampling, self._top_k, self._needs, seed, stream)
         if teacher is None:
             return _Phase(Slots(slots), made.cache, None, decoder, None)
         read = SlotCache(slots, length, self._settings.device)
         reader = self._forwards(teacher, read)
-        scorer = TeacherScorer(reader, read, self._needs, self._top_k > 0, self._settings.top_k, sampling.scale)
+        teacher_top_k = self._settings.teacher_top_k or self._settings.top_k
+        scorer = TeacherScorer(reader, read, self._needs, self._top_k > 0, teacher_top_k, sampling.scale)
         return _Phase(Slots(slots), made.cache, read, decoder, scorer)
 
     def _admit(self, slots: Slots, queue: list[RolloutRequest]) -> tuple[dict[int, int], bool]:

@@ -48,21 +48,31 @@ class Sampling:
 
 @dataclass(slots=True)
 class Drawn:
-    """One token for each of S rows, and the K most probable tokens."""
+    """One token for each of S rows, and what was asked of the distribution at the temperature of sampling, before filters."""
 
     tokens_S: torch.Tensor  # int64
     top_ids_SK: torch.Tensor | None  # int64, in no particular order
-    top_logprobs_SK: torch.Tensor | None  # float32, of the unfiltered distribution at the temperature of sampling
+    top_logprobs_SK: torch.Tensor | None  # float32
+    logprobs_S: torch.Tensor | None = None  # float32, of the drawn tokens
+    entropies_S: torch.Tensor | None = None  # float32, nats
 
 
-def sample_step(logits_SV: torch.Tensor, u_S: torch.Tensor, sampling: Sampling, top_k: int) -> Drawn:
-    """Draws one token per row with random numbers u in (0, 1), and reports its K = min(top_k, V) best; 0 reports none.
+def sample_step(
+    logits_SV: torch.Tensor,
+    u_S: torch.Tensor,
+    sampling: Sampling,
+    top_k: int,
+    logprob: bool = False,
+    entropy: bool = False,
+) -> Drawn:
+    """Draws one token per row with random numbers u in (0, 1), and reports its K = min(top_k, V) best; 0 reports none. On request
+    also its log-probability and the entropy.
 
     `logits_SV` may have any floating dtype; probabilities are float32. Cost over [S, V]: one softmax and one pass of
-    block sums; one pass of block maxima for K; a division unless the temperature is 1. On CPU a filter adds one
+    block sums; one pass of block maxima for K; two for the entropy; a division unless the temperature is 1. On CPU a filter adds one
     zero-filled [S, V] if the best tokens hold the nucleus; on CUDA top-p adds some 30 masked sums.
     """
-    if sampling.greedy and top_k == 0:
+    if sampling.greedy and top_k == 0 and not logprob and not entropy:
         return Drawn(logits_SV.argmax(-1), None, None)
     scaled = logits_SV if sampling.scale == 1.0 else logits_SV.float() / sampling.scale
     probabilities = scaled.softmax(-1, dtype=torch.float32)
@@ -73,7 +83,14 @@ def sample_step(logits_SV: torch.Tensor, u_S: torch.Tensor, sampling: Sampling, 
         best, best_probability = best.float(), probabilities.gather(-1, ids).amax(-1, keepdim=True)
         logprobs = best - best.amax(-1, keepdim=True) + best_probability.log()
     tokens = logits_SV.argmax(-1) if sampling.greedy else _draw(probabilities, u_S, sampling, ids)
-    return Drawn(tokens, ids, logprobs)
+    drawn = Drawn(tokens, ids, logprobs)
+    if logprob:
+        drawn.logprobs_S = probabilities.gather(-1, tokens[:, None]).squeeze(-1).log()
+    if entropy:
+        values = scaled.float()
+        mean = torch.linalg.vecdot(probabilities, values.clamp(min=torch.finfo(torch.float32).min))
+        drawn.entropies_S = values.logsumexp(-1) - mean
+    return drawn
 
 
 def _draw(

@@ -23,10 +23,12 @@ from katds.models.tiled_head import score_head
 from katds.rollout.decode import Chunk
 from katds.rollout.slots import Seat
 
+OF_STUDENT = frozenset({Need.WRITTEN, Need.STUDENT_ENTROPY})
+
 
 @dataclass(slots=True)
 class Scores:
-    """The teacher's word on a chunk: `signal` rows are slot after slot, C each."""
+    """The teacher's word on a chunk, and what the student kept of it: `signal` rows are slot after slot, C each."""
 
     signal: dict[Field, torch.Tensor]
     divergences_SC: torch.Tensor | None  # float32 [nats], top-K + tail reverse KL
@@ -55,7 +57,7 @@ class TeacherScorer:
         self._teacher = teacher
         self._cache = cache
         self._needs = needs
-        self._scored = (needs | {Need.STUDENT_TOP_K} if divergence else needs) - {Need.FULL}
+        self._scored = (needs | {Need.STUDENT_TOP_K} if divergence else needs) - {Need.FULL} - OF_STUDENT
         self._teacher_top_k = teacher_top_k
         self._temperature = temperature
 
@@ -89,6 +91,12 @@ class TeacherScorer:
             signal[Field.STUDENT_TOP_IDS] = chunk.top_ids_SCK.flatten(0, 1).to(torch.int32)
         else:
             signal.pop(Field.STUDENT_TOP, None)  # only the stop rule has asked for it
+        if Need.WRITTEN in self._needs:
+            assert chunk.logprobs_SC is not None
+            signal[Field.WRITTEN] = chunk.logprobs_SC.flatten()
+        if Need.STUDENT_ENTROPY in self._needs:
+            assert chunk.entropies_SC is not None
+            signal[Field.STUDENT_ENTROPY] = chunk.entropies_SC.flatten()
         return Scores(signal, divergences, tokens.shape[0])
 
     def _layout(

@@ -16,6 +16,7 @@ class EngineSettings:
 
     keep_decoder: between phases, keep the student's cache and whatever was made for its decode steps (CUDA graphs). Only for a
     student whose weights stay where they are; the learner then has that much less memory.
+    teacher_top_k: K of Need.TEACHER_TOP_K; None: top_k.
     overlap: decode the next chunk while the teacher reads the last one. A rollout that has ended then writes one more in vain.
     """
 
@@ -30,6 +31,7 @@ class EngineSettings:
     fast_decode: bool = True
     keep_decoder: bool = False
     overlap: bool = False
+    teacher_top_k: int | None = None
 
 
 @dataclass(slots=True)

@@ -15,13 +15,14 @@ import torch
 
 from katds.core.collective import Collective
 from katds.core.objectives import Objective
+from katds.core.objectives.base import Progress
 from katds.core.packing import DEFAULT_ATTENTION_WEIGHT
 from katds.core.types import Field, Need, RolloutBatch, RolloutRequest
 from katds.errors import TrainingError
 from katds.models.plans import PackedPlan, upload
 from katds.models.tiled_head import tiled_loss
 from katds.rollout.engine import PhaseClock
-from katds.train.share import Share, deal, survey
+from katds.train.share import Share, deal, outside_holes, survey
 
 Head = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -43,6 +44,7 @@ class Learner:
 
     Args:
         teacher: asked for its head's weight only, and only by objectives over the full vocabulary.
+        steps, seed: of the run, for objectives that change with it or draw random numbers.
         lr: optimizer step number -> learning rate.
         minibatches: optimizer steps per call; rollouts are dealt to them by place in the step.
         budget: tokens of a micro-batch on one rank.
@@ -56,6 +58,8 @@ class Learner:
         objective: Objective,
         collective: Collective,
         *,
+        steps: int,
+        seed: int,
         lr: Callable[[int], float],
         temperature: float,
         minibatches: int,
@@ -65,11 +69,14 @@ class Learner:
         attention_weight: float = DEFAULT_ATTENTION_WEIGHT,
     ) -> None:
         self._student, self._teacher, self._objective, self._collective = student, teacher, objective, collective
+        self._steps, self._seed = steps, seed
         self._lr, self._temperature, self._minibatches, self._budget = lr, temperature, minibatches, budget
         self._device, self._clock, self._attention_weight = device, clock, attention_weight
 
     def update(self, batch: RolloutBatch, requests: list[RolloutRequest], step: int) -> dict[str, float]:
-        """Collective: learns from one step's rollouts; returns means per kept token over all ranks, learning rate, gradient norm."""
+        """Collective: learns from one step's rollouts; returns means per learnt token over all ranks, learning rate, gradient norm."""
+        with self._clock("prepare"):
+            batch = self._prepared(batch, step)
         kept = survey(batch, requests, self._collective)
         totals: dict[str, float] = {}
         report = {"tokens": 0.0, "micro_batches": 0.0}
@@ -93,6 +100,16 @@ class Learner:
                 report["micro_batches"] += len(share.micro_batches)
                 report["imbalance"] = share.imbalance
         return report | {key: value / report["tokens"] for key, value in totals.items()}
+
+    def _prepared(self, batch: RolloutBatch, step: int) -> RolloutBatch:
+        """Collective: with the fields that the objective makes, and without the holes of the rollouts."""
+        made = self._objective.prepare(batch, Progress(step, self._steps, self._seed), self._collective)
+        holes = torch.tensor([any(rollout.hole for rollout in batch.rollouts)], dtype=torch.int64)
+        if bool(self._collective.max(holes)):
+            learned = outside_holes(batch.rollouts).to(self._device)
+            made[Field.LEARNED] = learned & made[Field.LEARNED] if Field.LEARNED in made else learned
+        # A rank that wrote nothing learns from the others which fields there are.
+        return RolloutBatch(batch.rollouts, {**batch.signal, **made}) if batch.signal else batch
 
     def _learn(self, share: Share, head: Head | None) -> dict[str, float]:
         """Forward and backward of all micro-batches; returns the sums over all ranks."""
@@ -143,8 +160,9 @@ class Learner:
             prompt, span = share.requests[i].prompt.token_ids, share.spans[i]
             count = span.stop - span.start
             prompts.append(torch.tensor(prompt))
-            rows.append(torch.arange(at + len(prompt) - 1, at + len(prompt) - 1 + count))
-            picked.append(torch.arange(span.start, span.stop))
+            read = torch.arange(count) if share.learned is None else share.learned[span].nonzero().squeeze(-1)
+            rows.append(read + (at + len(prompt) - 1))
+            picked.append(read + span.start)
             lengths.append(len(prompt) + count - 1)
             at += lengths[-1]
         if not members:

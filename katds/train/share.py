@@ -13,7 +13,7 @@ import torch
 
 from katds.core.collective import Collective
 from katds.core.packing import Plan, imbalance, plan, transfers
-from katds.core.types import Field, RolloutBatch, RolloutRequest
+from katds.core.types import Field, Rollout, RolloutBatch, RolloutRequest
 
 
 @dataclass(slots=True)
@@ -25,28 +25,49 @@ class Share:
     spans: dict[int, slice]
     actions: torch.Tensor  # int64 [T], kept response tokens
     signal: dict[Field, torch.Tensor]
-    tokens: int  # kept tokens over all ranks
+    learned: torch.Tensor | None  # bool [T] on the host; None: all of them
+    tokens: int  # learnt from, over all ranks
     imbalance: float  # share of time that ranks wait for each other, by the packer's cost
 
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What all ranks know of a step's rollouts, in request order: kept tokens, and the rank that wrote each."""
+    """What all ranks know of a step's rollouts, in request order: kept tokens, those that the loss reads, and the rank that wrote
+    each."""
 
     tokens: list[int]
+    learned: list[int]
     owners: list[int]
 
 
 def survey(batch: RolloutBatch, requests: Sequence[RolloutRequest], collective: Collective) -> Kept:
     """Collective: one sum tells every rank how long each rollout is and where it lies."""
     place = {request.id: i for i, request in enumerate(requests)}
-    table = torch.zeros(3, len(requests), dtype=torch.int64)
+    table = torch.zeros(4, len(requests), dtype=torch.int64)
+    mask, at = batch.signal.get(Field.LEARNED), 0
+    learned = None if mask is None else mask.cumsum(0).tolist()
     for rollout in batch.rollouts:
-        i = place[rollout.id]
-        table[0, i], table[1, i], table[2, i] = rollout.kept, collective.rank, 1
-    kept, owners, count = collective.sum(table).tolist()
-    assert all(c == 1 for c in count), f"each rollout must be on one rank; counts are {sorted(set(count))}"
-    return Kept(kept, owners)
+        i, end = place[rollout.id], at + rollout.kept
+        count = (
+            rollout.kept if learned is None or not rollout.kept else learned[end - 1] - (learned[at - 1] if at else 0)
+        )
+        table[:, i] = torch.tensor([rollout.kept, count, collective.rank, 1])
+        at = end
+    kept, chosen, owners, present = collective.sum(table).tolist()
+    assert all(c == 1 for c in present), f"each rollout must be on one rank; counts are {sorted(set(present))}"
+    return Kept(kept, chosen, owners)
+
+
+def outside_holes(rollouts: Sequence[Rollout]) -> torch.Tensor:
+    """Bool [T] on the host: which kept tokens, rollout after rollout, lie in no hole."""
+    learned = torch.ones(sum(rollout.kept for rollout in rollouts), dtype=torch.bool)
+    at = 0
+    for rollout in rollouts:
+        if rollout.hole is not None:
+            start, end = (min(place, rollout.kept) for place in rollout.hole)
+            learned[at + start : at + end] = False
+        at += rollout.kept
+    return learned
 
 
 def deal(
@@ -61,9 +82,9 @@ def deal(
 ) -> Share:
     """Collective: packs the `chosen` requests (indices) into micro-batches and moves their rollouts there.
 
-    Rollouts with nothing kept are left out. Cost: one all-to-all per field of the signal.
+    Rollouts with nothing to learn from are left out. Cost: one all-to-all per field of the signal.
     """
-    taken = [i for i in chosen if kept.tokens[i] > 0]
+    taken = [i for i in chosen if kept.learned[i] > 0]
     lengths = [len(requests[i].prompt.token_ids) + kept.tokens[i] - 1 for i in taken]
     owners = [kept.owners[i] for i in taken]
     packing = plan(lengths, owners, collective.size, budget, attention_weight)
@@ -76,7 +97,9 @@ def deal(
             at += counts[j]
     mine = [[taken[j] for j in micro_batch] for micro_batch in packing.micro_batches[collective.rank]]
     waiting = imbalance(packing, lengths, attention_weight)
-    return Share(mine, requests, spans, actions, signal, sum(counts), waiting)
+    mask = signal.pop(Field.LEARNED, None)
+    learned = None if mask is None else mask.cpu()
+    return Share(mine, requests, spans, actions, signal, learned, sum(kept.learned[i] for i in taken), waiting)
 
 
 def _move(

@@ -48,7 +48,7 @@ def prefill_and_decode(
 ) -> torch.Tensor:
     slots, cache = Slots(6), SlotCache(6, 40, device)
     leaders = slots.admit([RolloutRequest(i, prompt, 9) for i, prompt in enumerate(prompts([3, 5, 3, 1]))])
-    decoder = Decoder(model, way(model, cache), cache, sampling, 4, 0, 0)
+    decoder = Decoder(model, way(model, cache), cache, sampling, 4, frozenset(), 0, 0)
     decoder.prefill(slots.seats, leaders)
     decoder.decode(slots.seats, 2)  # buffers, and the kernels' first-call work
     with guard:

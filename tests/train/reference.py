@@ -209,8 +209,8 @@ def learner(
     name: str, student: Any, teacher: Any, collective: Collective, budget: int, minibatches: int = 1
 ) -> Learner:
     return Learner(
-        student, teacher, objective(name), collective, lr=lambda step: 0.0, temperature=TEMPERATURE, minibatches=minibatches,
-        budget=budget, device=torch.device("cpu"), clock=lambda _: nullcontext(),
+        student, teacher, objective(name), collective, steps=1, seed=0, lr=lambda step: 0.0, temperature=TEMPERATURE,
+        minibatches=minibatches, budget=budget, device=torch.device("cpu"), clock=lambda _: nullcontext(),
     )  # fmt: skip
 
 

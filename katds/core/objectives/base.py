@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
 
-from katds.core.types import Need, Signal
+from katds.core.collective import Collective
+from katds.core.types import Field, Need, RolloutBatch, Signal
 from katds.settings import Section
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a run is, and the seed of whatever an objective draws: with the step and a rollout's id it names a random number."""
+
+    step: int
+    steps: int
+    seed: int
 
 
 class ObjectiveSettings(Section):
@@ -22,16 +33,27 @@ class Objective(Protocol):
     """A distillation loss over response tokens.
 
     Objectives return sums over tokens; the learner divides once, by the global number of kept tokens. They see one tile
-    of tokens at a time, so no [tokens, vocabulary] tensor outlives a tile.
+    of tokens at a time, so no [tokens, vocabulary] tensor outlives a tile. What needs whole rollouts, or all of a step, is made
+    beforehand by `prepare`. To be derived from.
     """
 
     Settings: ClassVar[type[ObjectiveSettings]]
     needs: frozenset[Need]
+    teacher_top_k: ClassVar[int | None] = None  # K of Need.TEACHER_TOP_K; None: rollout.divergence_top_k
 
     @classmethod
     def from_settings(cls, settings: Any) -> Self:
         """The objective of a recipe; `settings` is an instance of `cls.Settings`."""
         ...
+
+    def prepare(self, batch: RolloutBatch, progress: Progress, collective: Collective) -> dict[Field, torch.Tensor]:
+        """Collective, once per step, before rollouts are dealt to learners: further fields of the signal, for the rows of
+        `batch.signal` and on its device. They must not depend on which rank holds which rollout.
+
+        `Field.LEARNED` leaves tokens out of the loss, and of the count that it is divided by. A rank without rollouts
+        returns the same fields with no rows.
+        """
+        return {}
 
     def tile(self, logprobs_TV: torch.Tensor, actions_T: torch.Tensor, signal: Signal) -> dict[str, torch.Tensor]:
         """Sums over the tile's tokens.
@@ -39,8 +61,8 @@ class Objective(Protocol):
         Args:
             logprobs_TV: the student's log-softmax at the rollout temperature, float32, requires grad.
             actions_T: sampled token ids, int64.
-            signal: the teacher's signal for the same tokens (`Field` keys for what `needs` declares; for `Need.FULL`
-                `Field.TEACHER_LOGPROBS` [T, V]).
+            signal: for the same tokens (`Field` keys for what `needs` declares; for `Need.FULL` `Field.TEACHER_LOGPROBS` [T, V];
+                and what `prepare` has made).
 
         Returns:
             {"loss": scalar to differentiate, ...further detached scalars that the monitor reports per token}.

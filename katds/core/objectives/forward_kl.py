@@ -9,7 +9,7 @@ from pydantic import Field as Setting
 
 from katds.core.divergences import forward_kl, top_k_tail_forward_kl
 from katds.core.objectives.aligned import aligned, gathered, sums
-from katds.core.objectives.base import ObjectiveSettings
+from katds.core.objectives.base import Objective, ObjectiveSettings
 from katds.core.types import Field, Need, Signal
 
 SUPPORTS = {
@@ -27,7 +27,7 @@ class ForwardKlSettings(ObjectiveSettings):
     )
 
 
-class ForwardKl:
+class ForwardKl(Objective):
     """sum_t KL(q_t || p_t), differentiated through p: over the teacher's top K plus a tail bucket, or the vocabulary.
 
     Raises:

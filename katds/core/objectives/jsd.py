@@ -9,7 +9,7 @@ from pydantic import Field as Setting
 
 from katds.core.divergences import generalised_jsd
 from katds.core.objectives.aligned import aligned, sums
-from katds.core.objectives.base import ObjectiveSettings
+from katds.core.objectives.base import Objective, ObjectiveSettings
 from katds.core.types import Field, Need, Signal
 from katds.settings import Share
 
@@ -21,7 +21,7 @@ class JsdSettings(ObjectiveSettings):
     beta: Share = Setting(0.5, description="0 forward KL, 1 reverse KL (GKD, arXiv 2306.13649)")
 
 
-class Jsd:
+class Jsd(Objective):
     """sum_t JSD_beta(p_t, q_t) over the whole vocabulary; beta 0 is the forward, 1 the reverse KL.
 
     Raises:

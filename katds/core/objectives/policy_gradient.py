@@ -8,7 +8,7 @@ import torch
 
 from katds.core.divergences import sampled_reverse_kl
 from katds.core.objectives.aligned import aligned, gathered, student_entropy
-from katds.core.objectives.base import ObjectiveSettings
+from katds.core.objectives.base import Objective, ObjectiveSettings
 from katds.core.types import Field, Need, Signal
 
 
@@ -30,7 +30,7 @@ class PolicyGradientSettings(ObjectiveSettings):
             )
 
 
-class PolicyGradient:
+class PolicyGradient(Objective):
     """loss = -sum_t r_t log p_t(y_t) with the detached reward r_t = log q_t(y_t) - log p_t(y_t).
 
     Over y ~ p its gradient is that of KL(p || q) at the same prefix: E_y[(log p - log q) grad log p] (the term from

@@ -9,7 +9,7 @@ from pydantic import Field as Setting
 
 from katds.core.divergences import reverse_kl, top_k_tail_reverse_kl
 from katds.core.objectives.aligned import aligned, gathered, sums
-from katds.core.objectives.base import ObjectiveSettings
+from katds.core.objectives.base import Objective, ObjectiveSettings
 from katds.core.types import Field, Need, Signal
 
 SUPPORTS = {
@@ -27,7 +27,7 @@ class ReverseKlSettings(ObjectiveSettings):
     )
 
 
-class ReverseKl:
+class ReverseKl(Objective):
     """sum_t KL(p_t || q_t), differentiated through p: over the student's top K plus a tail bucket, or the vocabulary.
 
     The K tokens are those that were the student's most probable ones when the rollout was written: p is read at the
