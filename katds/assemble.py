@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from katds.config import Recipe
-from katds.core.objectives import OBJECTIVES
+from katds.core.behaviours import BEHAVIOURS
+from katds.core.objectives import OBJECTIVES, Objective
+from katds.core.objectives.rewarded import Rewarded
 from katds.core.stop import STOP_RULES
 from katds.core.stop.base import RunFacts, StopRule
 from katds.core.stop.simple import NeverRule
@@ -32,10 +34,11 @@ from katds.train.trainer import Trainer
 
 
 def assemble(
-    recipe: Recipe, inputs: Inputs, world: World, student: ZeroStudent, teacher: ZeroFrozen, monitor: Monitor
-) -> Trainer:
+    recipe: Recipe, inputs: Inputs, world: World, student: ZeroStudent,
+    teachers: Sequence[ZeroFrozen], monitor: Monitor,
+) -> Trainer:  # fmt: skip
     """The training loop of a recipe around loaded models."""
-    objective = OBJECTIVES[recipe.objective.kind].from_settings(recipe.objective)
+    objective = _objective(recipe, inputs)
     rollout, optimizer = recipe.rollout, recipe.train.optimizer
     rule = make_rule(recipe, inputs.steps)
     requests = RequestStream(
@@ -48,19 +51,20 @@ def assemble(
     sampling = Sampling(rollout.temperature, rollout.top_k, rollout.top_p, rollout.min_p)
     engine = RolloutEngine(
         student,
-        teacher.reading,
+        [teacher.reading for teacher in teachers],
         rule,
         objective.needs,
         world.collective,
         replace(engine_settings(recipe, inputs.facts, world, sampling), teacher_top_k=objective.teacher_top_k),
         monitor.phase,
         speaker(world, monitor.say),
+        BEHAVIOURS[recipe.behaviour.kind].from_settings(recipe.behaviour, inputs.steps),
     )
     if rollout.overlap and (reason := _no_overlap(recipe, inputs, world)):
         monitor.say(f"warning: rollout.overlap only costs a chunk per rollout here: {reason}")
     total = inputs.steps * recipe.train.minibatches
     learner = Learner(
-        student, teacher, objective, world.collective, steps=inputs.steps, seed=recipe.run.seed,
+        student, teachers[0], objective, world.collective, steps=inputs.steps, seed=recipe.run.seed,
         lr=cosine_with_warmup(optimizer.lr, total, optimizer.warmup_fraction, optimizer.final_lr_fraction),
         temperature=sampling.scale, minibatches=recipe.train.minibatches, budget=recipe.train.micro_batch_tokens,
         device=world.device, clock=monitor.phase, attention_weight=student.engine.module.attention_weight(),
@@ -80,12 +84,26 @@ def assemble(
     )  # fmt: skip
 
 
+def _objective(recipe: Recipe, inputs: Inputs) -> Objective:
+    objective = OBJECTIVES[recipe.objective.kind].from_settings(recipe.objective)
+    if inputs.reward is None:
+        return objective
+    reward, to_text = inputs.reward, text_decoder(inputs.tokenizer)
+
+    def value(rollout: Rollout) -> float:
+        prompt = rollout.request.prompt
+        return reward(to_text(prompt.token_ids), to_text(rollout.response_ids), prompt.answer)
+
+    return Rewarded(objective, recipe.reward.weight, value)
+
+
 def _no_overlap(recipe: Recipe, inputs: Inputs, world: World) -> str | None:
     """Why the teacher will not read beside the student."""
     if world.device.type != "cuda":
         return "there is no GPU"
-    if recipe.teacher.gather == "layer" and inputs.teacher_json["zero_optimization"].get("overlap_comm") is False:
-        return "overlap_comm is false in teacher.deepspeed, so its gathers queue behind the student's chunk"
+    for (name, teacher), settings in zip(recipe.every_teacher().items(), inputs.teacher_jsons, strict=True):
+        if teacher.gather == "layer" and settings["zero_optimization"].get("overlap_comm") is False:
+            return f"overlap_comm is false in {name}.deepspeed, so its gathers queue behind the student's chunk"
     return None
 
 
@@ -120,7 +138,7 @@ def make_evaluator(
     sampling = Sampling(settings.temperature, top_p=settings.top_p)
     # Evaluations are rare: between them their cache is not worth its memory.
     sizes = replace(engine_settings(recipe, facts, world, sampling), keep_decoder=False, overlap=False)
-    engine = RolloutEngine(student, None, NeverRule(), frozenset(), world.collective, sizes, clock, say)
+    engine = RolloutEngine(student, (), NeverRule(), frozenset(), world.collective, sizes, clock, say)
     return Evaluator(
         engine, list(prompts), settings.samples, settings.k or settings.samples,
         settings.max_new_tokens or recipe.rollout.max_new_tokens, grade, text_decoder(tokenizer), world.collective,

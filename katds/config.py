@@ -6,18 +6,19 @@ where the paper states one. `katds.cli` reads files and flags; `katds.assemble` 
 
 from __future__ import annotations
 
-from functools import reduce
-from operator import or_
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from katds.core.behaviours import BEHAVIOURS
+from katds.core.behaviours.student import StudentSettings
 from katds.core.objectives import OBJECTIVES
 from katds.core.objectives.reverse_kl import ReverseKlSettings
 from katds.core.stop import STOP_RULES
 from katds.core.stop.kat import KatSettings
-from katds.settings import Count, Moment, Nucleus, Positive, Rate, Scale, Section, Share
+from katds.settings import ByKind, Count, Moment, Nucleus, Positive, Rate, Scale, Section, Share
 
 
 class ModelConfig(Section):
@@ -45,6 +46,9 @@ class DataConfig(Section):
     train: Path = Field(description="file or folder: .jsonl, .json, .csv, .parquet or a saved Hugging Face dataset")
     prompt_column: str = Field("prompt", description="column with the prompt: text, or a list of {role, content}")
     answer_column: str | None = Field("answer", description="column with the reference answer; null if there is none")
+    teacher_column: str | None = Field(
+        None, description="column that names a prompt's teacher in `teachers`; a prompt without a name has `teacher`"
+    )
     chat_template: bool = Field(True, description="render prompts through the student tokenizer's chat template")
     template_options: dict[str, bool | int | str] = Field(
         default_factory=dict, description="extra arguments of the chat template, e.g. enable_thinking: false"
@@ -91,6 +95,32 @@ class RolloutConfig(Section):
     )
 
 
+class RewardConfig(Section):
+    """A task reward on top of the objective, as an advantage of every sampled token (leave-one-out baseline)."""
+
+    weight: Scale = Field(0.0, description="of the reward's policy gradient beside the objective; 0: no reward")
+    function: Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$")] | None = Field(
+        None,
+        description="module:function of (prompt, response, answer or null) -> number; null: 1 where evaluation.grader finds the "
+        "response right, else 0. Rollouts that a rule has ended have no reward",
+    )
+
+    def check(self, filtered: bool, answered: bool) -> None:
+        """Raises ValueError where the reward's gradient would be wrong, or there is nothing to grade."""
+        if self.weight == 0.0:
+            return
+        if filtered:
+            raise ValueError(
+                f"reward.weight is {self.weight:g}, but its gradient is biased where rollouts are not drawn from the whole "
+                "distribution; set rollout.top_p to 1, top_k and min_p to 0 and temperature above 0"
+            )
+        if self.function is None and not answered:
+            raise ValueError(
+                f"reward.weight is {self.weight:g}, but data.answer_column is null: there is nothing to grade; name the column, or "
+                "give reward.function"
+            )
+
+
 class OptimizerConfig(Section):
     """AdamW with linear warm-up and cosine decay."""
 
@@ -134,7 +164,9 @@ class MathGraderConfig(Section):
     kind: Literal["math"] = "math"
 
 
-GraderConfig = Annotated[MatchGraderConfig | MathGraderConfig, Field(discriminator="kind")]
+GraderConfig = Annotated[
+    MatchGraderConfig | MathGraderConfig, ByKind(lambda: {"match": MatchGraderConfig, "math": MathGraderConfig})
+]
 
 
 class EvaluationConfig(Section):
@@ -173,11 +205,14 @@ class RunConfig(Section):
     rollout_samples: Count = Field(4, description="rollouts per step written to rollouts/, with their per-token KL")
 
 
-# The kinds of a union are those of the dict: a new method is a file and a line there, and none here.
-StopConfig: Any = Annotated[reduce(or_, (rule.Settings for rule in STOP_RULES.values())), Field(discriminator="kind")]
-ObjectiveConfig: Any = Annotated[
-    reduce(or_, (loss.Settings for loss in OBJECTIVES.values())), Field(discriminator="kind")
-]
+def _any_of(methods: Mapping[str, Any]) -> Any:
+    """A section of any kind in the dict when the recipe is read: a new method is a file and a line there, and none here."""
+    return Annotated[Any, ByKind(lambda: {kind: method.Settings for kind, method in methods.items()})]
+
+
+StopConfig: Any = _any_of(STOP_RULES)
+BehaviourConfig: Any = _any_of(BEHAVIOURS)
+ObjectiveConfig: Any = _any_of(OBJECTIVES)
 
 
 class Recipe(Section):
@@ -186,10 +221,16 @@ class Recipe(Section):
     run: RunConfig
     student: ModelConfig
     teacher: TeacherConfig
+    teachers: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], TeacherConfig] = Field(
+        default_factory=dict,
+        description="further teachers by name, each for the prompts that name it in data.teacher_column",
+    )
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
+    behaviour: BehaviourConfig = StudentSettings()
     stop: StopConfig = KatSettings()
     objective: ObjectiveConfig = ReverseKlSettings()
+    reward: RewardConfig = RewardConfig()
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -199,7 +240,19 @@ class Recipe(Section):
         rollout, train, evaluation = self.rollout, self.train, self.evaluation
         self.stop.check(rollout.max_new_tokens, rollout.temperature, rollout.audit_fraction)
         filtered = rollout.top_p < 1 or rollout.top_k > 0 or rollout.min_p > 0 or rollout.temperature == 0
-        self.objective.check(filtered, train.minibatches)
+        self.objective.check(filtered, train.minibatches, blended=self.behaviour.kind != "student")
+        self.behaviour.check(rollout.temperature == 0, self.teacher.gather, rollout.overlap, bool(self.teachers))
+        if bool(self.teachers) != (self.data.teacher_column is not None):
+            given, missing = (
+                ("teachers", "data.teacher_column") if self.teachers else ("data.teacher_column", "teachers")
+            )
+            raise ValueError(f"{given} is given, but {missing} is not; give both, or neither")
+        if self.teachers and self.objective.reads_whole_vocabulary:
+            raise ValueError(
+                f"an objective over the whole vocabulary needs the head of one teacher, but teachers names {', '.join(self.teachers)}; "
+                "take an objective over the top k, or one teacher"
+            )
+        self.reward.check(filtered, self.data.answer_column is not None)
         if train.minibatches > rollout.prompts_per_step * rollout.samples_per_prompt:
             raise ValueError(
                 f"train.minibatches {train.minibatches} exceeds the rollouts of a step (rollout.prompts_per_step "
@@ -210,3 +263,7 @@ class Recipe(Section):
                 f"evaluation.k {evaluation.k} exceeds evaluation.samples {evaluation.samples}; raise evaluation.samples"
             )
         return self
+
+    def every_teacher(self) -> dict[str, TeacherConfig]:
+        """Section -> teacher: `teacher` first, then `teachers` in order; a prompt's `teacher` counts them."""
+        return {"teacher": self.teacher, **{f"teachers.{name}": each for name, each in self.teachers.items()}}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from katds.config import Recipe
 from katds.data.grading import Grader, make_grader
 from katds.data.prompts import PromptSet, load_prompts
+from katds.data.reward import Reward, graded, load_reward
 from katds.errors import ConfigError
 from katds.models.checks import ModelFacts, check_models
 from katds.parallel.deepspeed_config import read_deepspeed_json
@@ -20,7 +21,7 @@ from katds.parallel.deepspeed_config import read_deepspeed_json
 # What may change when a run is resumed: where things lie and how fast they go, not what is computed.
 _FREE = (
     "run.name", "run.folder", "run.resume", "run.rollout_samples", "student.path", "student.deepspeed", "teacher.path",
-    "teacher.deepspeed", "teacher.gather", "data.train", "rollout.slots", "rollout.chunk_tokens",
+    "teacher.deepspeed", "teacher.gather", "data.train", "stop.run", "rollout.slots", "rollout.chunk_tokens",
     "rollout.weights", "rollout.fast_decode", "rollout.overlap", "train.steps", "train.epochs",
     "train.micro_batch_tokens", "train.activation_checkpointing", "evaluation", "checkpoint",
 )  # fmt: skip
@@ -35,9 +36,11 @@ class Inputs:
     prompts: PromptSet
     eval_prompts: PromptSet | None
     grade: Grader | None
+    reward: Reward | None
     student_json: dict[str, Any]
-    teacher_json: dict[str, Any]
+    teacher_jsons: list[dict[str, Any]]  # of `Recipe.every_teacher`, in order
     steps: int
+    stop_digest: str  # of the files that the stop rule reads
 
 
 def read_inputs(recipe: Recipe) -> Inputs:
@@ -47,15 +50,43 @@ def read_inputs(recipe: Recipe) -> Inputs:
         ConfigError: the first thing that would make the run fail.
     """
     student_json = read_deepspeed_json(recipe.student.deepspeed, "student.deepspeed")
-    teacher_json = read_deepspeed_json(recipe.teacher.deepspeed, "teacher.deepspeed")
+    teachers = recipe.every_teacher()
+    teacher_jsons = [read_deepspeed_json(each.deepspeed, f"{name}.deepspeed") for name, each in teachers.items()]
+    stop_digest = recipe.stop.contents()
     longest = max(recipe.rollout.max_new_tokens, recipe.evaluation.max_new_tokens or 0)
-    facts = check_models(recipe.student.path, recipe.teacher.path, recipe.data.max_prompt_tokens, longest)
+    facts = _check_all(recipe, longest)
     tokenizer = AutoTokenizer.from_pretrained(recipe.student.path)
-    prompts = load_prompts(recipe.data.train, tokenizer, recipe.data, seed=recipe.run.seed)
+    prompts = load_prompts(
+        recipe.data.train, tokenizer, recipe.data, seed=recipe.run.seed, teachers=list(recipe.teachers)
+    )
     steps = recipe.train.steps or prompts.steps_for(recipe.train.epochs, recipe.rollout.prompts_per_step)
     grade = make_grader(recipe.evaluation.grader) if recipe.data.answer_column is not None else None
     eval_prompts = load_eval_prompts(recipe, tokenizer) if recipe.evaluation.data else None
-    return Inputs(tokenizer, facts, prompts, eval_prompts, grade, student_json, teacher_json, steps)
+    reward = _reward(recipe, grade)
+    return Inputs(
+        tokenizer, facts, prompts, eval_prompts, grade, reward, student_json, teacher_jsons, steps, stop_digest
+    )
+
+
+def _check_all(recipe: Recipe, longest: int) -> ModelFacts:
+    """The student against every teacher."""
+    every = [
+        check_models(recipe.student.path, each.path, recipe.data.max_prompt_tokens, longest, f"{name}.path")
+        for name, each in recipe.every_teacher().items()
+    ]
+    return replace(
+        every[0], shared_vocab=min(facts.shared_vocab for facts in every), context=min(facts.context for facts in every),
+        warnings=tuple(dict.fromkeys(warning for facts in every for warning in facts.warnings)),
+    )  # fmt: skip
+
+
+def _reward(recipe: Recipe, grade: Grader | None) -> Reward | None:
+    if recipe.reward.weight == 0.0:
+        return None
+    if recipe.reward.function is not None:
+        return load_reward(recipe.reward.function)
+    assert grade is not None, "the recipe's check lets no reward pass that has nothing to grade"
+    return graded(grade)
 
 
 def load_eval_prompts(recipe: Recipe, tokenizer: Any) -> PromptSet:
@@ -83,15 +114,23 @@ def identity(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
     return {
         **settings,
         "train.steps": inputs.steps,
+        **({"stop (contents)": inputs.stop_digest} if inputs.stop_digest else {}),
         "data.train (contents)": _prompts_digest(inputs.prompts),
         "student.path (contents)": _model_digest(recipe.student.path),
-        "teacher.path (contents)": _model_digest(recipe.teacher.path),
+        **{f"{name}.path (contents)": _model_digest(each.path) for name, each in recipe.every_teacher().items()},
     }
+
+
+def at_default(recipe: Recipe) -> set[str]:
+    """The settings that have their default's value, given or not."""
+    every, changed = (dict(_flat(recipe.model_dump(mode="json", exclude_defaults=drop))) for drop in (False, True))
+    return every.keys() - changed.keys()
 
 
 def is_free(setting: str) -> bool:
     """Whether a setting, or the section it is in, may change when a run is resumed."""
-    return setting in _FREE or setting.partition(".")[0] in _FREE
+    # Of a named teacher's settings only its contents count, which are compared under a name of their own.
+    return setting in _FREE or (setting.partition(".")[0] in (*_FREE, "teachers") and "contents" not in setting)
 
 
 def fingerprint(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
@@ -110,7 +149,8 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 def _prompts_digest(prompts: PromptSet) -> str:
     digest = hashlib.sha256()
     for prompt in prompts:
-        digest.update(repr((prompt.token_ids, prompt.answer)).encode())
+        routed = (prompt.teacher,) if prompt.teacher else ()
+        digest.update(repr((prompt.token_ids, prompt.answer, *routed)).encode())
     return digest.hexdigest()[:16]
 
 

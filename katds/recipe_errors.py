@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from katds.schema import allowed, leaves, members
+from katds.core.objectives.refused import refusal
+from katds.schema import Members, allowed, item_members, leaves, members, one_of
 from katds.settings import Section
 
 UNKNOWN = ("extra_forbidden", "invalid_key")
@@ -20,6 +21,8 @@ class _Place(NamedTuple):
     info: FieldInfo | None  # None for an unknown key or the recipe itself
     section: type[Section]  # where the last name was looked up
     kind: str  # kind of that section, or ""
+    siblings: Members  # that section among those that could be in its place
+    below: Members  # what may be here
     item: str  # position inside a list or mapping setting, or ""
 
 
@@ -37,26 +40,36 @@ def _locate(schema: type[Section], finding: Any) -> _Place:
     parts = [*finding["loc"], *([finding["ctx"]["field"]] if finding["type"] == "truth_value" else [])]
     path: list[str] = []
     section, kind, info = schema, "", None
+    siblings: Members = {}
+    below: Members = {}
     while parts:
         path.append(str(parts.pop(0)))
         info = section.model_fields.get(path[-1])
         below = members(info) if info else {}
+        if info and parts and (items := item_members(info)):
+            path[-1] += f"[{parts.pop(0)}]"
+            below = items
         if not below or not parts:
             break
-        kind = str(parts.pop(0)) if info and info.discriminator else ""
+        siblings = below
+        kind = "" if "" in below else str(parts.pop(0))
         section = below[kind]
-    return _Place(path, info, section, kind, f"[{parts[0]}]" if parts else "")
+    return _Place(path, info, section, kind, siblings, below, f"[{parts[0]}]" if parts else "")
 
 
 def _message(finding: Any, place: _Place, schema: type[Section]) -> str:
     path, info, value = ".".join(place.path), place.info, finding["input"]
+    if (reason := _refusal(finding, path)) is not None:
+        return reason
     if finding["type"] in UNKNOWN and info is None:
         return f"{path} is not a setting. {_suggest(place, schema)}"
     if finding["type"] == "missing" and info is not None:
         path = next((leaf.path for leaf in _below(place) if leaf.info.is_required()), path)
+        if "[" in path:
+            return f"{path} is missing. Add it to the recipe."
         return f"{path} is missing. Add it to the recipe (--config FILE) or give --{path}."
     if finding["type"] == "union_tag_invalid" and info is not None:
-        seen, kinds = finding["ctx"]["tag"], list(members(info))
+        seen, kinds = finding["ctx"]["tag"], list(place.below)
         return f"{path}.kind is {seen!r}. Choose one of {', '.join(kinds)}{_did_you_mean(seen, kinds)}."
     if finding["type"] == "value_error":
         text = str(finding["ctx"]["error"])
@@ -65,7 +78,14 @@ def _message(finding: Any, place: _Place, schema: type[Section]) -> str:
         return f"{path or 'the recipe'} is {value!r}. Allowed: section of settings."
     if finding["type"] == "truth_value":
         value = value[place.path[-1]]
-    return f"{path}{place.item} is {_shown(value)}. Allowed: {allowed(info)}."
+    return f"{path}{place.item} is {_shown(value)}. Allowed: {one_of(place.below) if place.below else allowed(info)}."
+
+
+def _refusal(finding: Any, path: str) -> str | None:
+    """Why a loss that other frameworks offer does not exist here, where the setting asks for one."""
+    if finding["type"] == "union_tag_invalid":
+        return refusal(f"{path}.kind", finding["ctx"]["tag"])
+    return refusal(path, finding["input"]) if finding["type"] in (*UNKNOWN, "literal_error") else None
 
 
 def _below(place: _Place) -> Iterable[Any]:
@@ -79,9 +99,9 @@ def _suggest(place: _Place, schema: type[Section]) -> str:
     if "." in name:
         return f"Write it as nested sections, or give the flag --{parent}{name}."
     everywhere = leaves(schema)
-    others = [leaf for leaf in everywhere if leaf.path == parent + name]
-    if others and place.kind:
-        return f"It belongs to {others[0].kind}, not to {place.kind}; remove it or change {parent}kind."
+    owners = [kind for kind, section in place.siblings.items() if name in section.model_fields]
+    if owners and place.kind:
+        return f"It belongs to {parent}kind {owners[0]}, not to {place.kind}; remove it or change {parent}kind."
     exact = list(dict.fromkeys(leaf.path for leaf in everywhere if leaf.path.split(".")[-1] == name))
     if exact:
         return f"Did you mean {' or '.join(exact[:3])}?"

@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic.fields import FieldInfo
 
 from katds.config import Recipe
-from katds.schema import allowed, members
+from katds.schema import allowed, has_kinds, members
 from katds.settings import Section
 
 WIDTH, COLUMN = 100, 40
@@ -54,13 +54,15 @@ def _wrap(text: str) -> str:
 
 def _blocks(path: str, info: FieldInfo) -> Iterator[str]:
     """One block per section, and one per kind of a union."""
+    if not members(info):
+        yield _setting(path, info) + "\n"
     for kind, section in members(info).items():
         default = " (default)" if kind and kind == info.default.kind else ""
         title = f"{path}.kind {kind}{default}" if kind else path
         settings: list[str] = []
         unions: list[str] = []
         for name, setting in _settings(section, path):
-            if setting.discriminator:
+            if has_kinds(setting):
                 unions += _blocks(name, setting)
             elif not name.endswith(".kind"):
                 settings.append(_setting(name, setting))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from katds.core.collective import Collective
 from katds.data.grading import make_grader
 from katds.errors import CheckpointError, ConfigError, first_sentence
 from katds.evaluation.metrics import Scores
-from katds.inputs import Inputs, fingerprint, identity, is_free, load_eval_prompts, read_inputs
+from katds.inputs import Inputs, at_default, fingerprint, identity, is_free, load_eval_prompts, read_inputs
 from katds.models.checks import check_models
 from katds.parallel import checkpoint
 from katds.parallel.agree import on_main, same_everywhere, together, visible_everywhere
@@ -81,7 +82,7 @@ def open_run(recipe: Recipe) -> Run:
     reshard = found is not None and found.world_size != world.size
     if found is not None and reshard:
         checkpoint.make_universal(found, collective)
-    student, teacher = _load_models(recipe, inputs, collective, reshard)
+    student, teachers = _load_models(recipe, inputs, collective, reshard)
     start = 0
     if found is not None:
         checkpoint.load(student, found, collective)
@@ -89,7 +90,7 @@ def open_run(recipe: Recipe) -> Run:
     monitor = Monitor(folder, world.is_main, start, inputs.steps, inputs.tokenizer.decode, recipe.run.rollout_samples)
     for warning in inputs.facts.warnings:
         monitor.say(f"warning: {warning}")
-    trainer = assemble(recipe, inputs, world, student, teacher, monitor)
+    trainer = assemble(recipe, inputs, world, student, teachers, monitor)
     if found is not None:
         trainer.load_state_dict(found.state)
     store = checkpoint.CheckpointStore(
@@ -109,8 +110,10 @@ def _claim(folder: Path, recipe: Recipe, mine: Mapping[str, Any]) -> checkpoint.
     found = checkpoint.find_newest(folder / "checkpoints") if recipe.run.resume else None
     if found is not None:
         saved = found.state.get("identity", {})
-        # An older katds may have saved what is free to change by now.
-        for field in sorted(mine.keys() | {key for key in saved if not is_free(key)}):
+        # An older katds may have saved what is free to change by now, and did not know every setting of today: their defaults
+        # are what it did.
+        unknown = at_default(recipe) - saved.keys()
+        for field in sorted((mine.keys() - unknown) | {key for key in saved if not is_free(key)}):
             if saved.get(field) != mine.get(field):
                 raise CheckpointError(
                     f"{field} is {mine.get(field)!r}, but {found.folder} was written with {saved.get(field)!r}. "
@@ -128,10 +131,9 @@ def _claim(folder: Path, recipe: Recipe, mine: Mapping[str, Any]) -> checkpoint.
 
 def _load_models(
     recipe: Recipe, inputs: Inputs, collective: Collective, load_universal: bool
-) -> tuple[ZeroStudent, ZeroFrozen]:
+) -> tuple[ZeroStudent, list[ZeroFrozen]]:
     vocabulary, optimizer = inputs.facts.tokenizer_size, recipe.train.optimizer
-    checkpointing, gather = recipe.train.activation_checkpointing, recipe.teacher.gather
-    student_path, teacher_path = recipe.student.path, recipe.teacher.path
+    checkpointing, student_path = recipe.train.activation_checkpointing, recipe.student.path
     keep_copy = recipe.rollout.weights == "copy"
     student = together(
         collective,
@@ -140,12 +142,15 @@ def _load_models(
         ),
         _unloadable("student", student_path, recipe.student.deepspeed),
     )
-    teacher = together(
-        collective,
-        lambda: load_frozen(teacher_path, inputs.teacher_json, vocabulary, gather),
-        _unloadable("teacher", teacher_path, recipe.teacher.deepspeed),
-    )
-    return student, teacher
+    teachers = [
+        together(
+            collective,
+            partial(load_frozen, teacher.path, settings, vocabulary, teacher.gather),
+            _unloadable(name, teacher.path, teacher.deepspeed),
+        )
+        for (name, teacher), settings in zip(recipe.every_teacher().items(), inputs.teacher_jsons, strict=True)
+    ]
+    return student, teachers
 
 
 def _unloadable(role: str, path: Path, deepspeed: Path) -> Callable[[Exception], ConfigError]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
-from typing import Annotated, Any, NamedTuple, get_args
+from typing import Annotated, Any, NamedTuple, get_args, get_origin
 
 from pydantic import TypeAdapter
 from pydantic.fields import FieldInfo
 
-from katds.settings import Section
+from katds.settings import ByKind, Section
 
 Members = dict[str, type[Section]]
 
@@ -22,16 +21,30 @@ class Leaf(NamedTuple):
     kind: str
 
 
+def has_kinds(info: FieldInfo) -> bool:
+    """Whether a field holds one of several sections."""
+    return any(isinstance(entry, ByKind) for entry in info.metadata)
+
+
 def members(info: FieldInfo) -> Members:
-    """The sections a field may hold: by kind for a union, under "" for a plain section, none for a leaf."""
-    types = get_args(info.annotation) if info.discriminator else (info.annotation,)
-    sections = [t for t in types if isinstance(t, type) and issubclass(t, Section)]
-    return {str(t.model_fields["kind"].default) if info.discriminator else "": t for t in sections}
+    """The sections a field may hold: by kind where there are several, under "" for a plain section, none for a leaf."""
+    for entry in info.metadata:
+        if isinstance(entry, ByKind):
+            return entry.sections()
+    plain = info.annotation
+    return {"": plain} if isinstance(plain, type) and issubclass(plain, Section) else {}
 
 
-@cache
+def item_members(info: FieldInfo) -> Members:
+    """The sections, by kind, that each item of a list may be; none for any other field."""
+    items = get_args(info.annotation) if get_origin(info.annotation) is list else ()
+    marks = [mark for item in items if get_origin(item) is Annotated for mark in get_args(item)[1:]]
+    return next((mark.sections() for mark in marks if isinstance(mark, ByKind)), {})
+
+
 def leaves(section: type[Section], prefix: str = "", kind: str = "") -> tuple[Leaf, ...]:
-    """All settings below a section, in order of declaration; a union contributes the settings of every kind."""
+    """All settings below a section, in order of declaration; a choice of sections contributes the settings of every kind.
+    A list is one setting, whatever its items are."""
     return tuple(_walk(section, prefix, kind))
 
 
@@ -46,11 +59,11 @@ def _walk(section: type[Section], prefix: str, kind: str) -> Iterator[Leaf]:
 
 
 def default_kinds(section: type[Section]) -> dict[str, Any]:
-    """The kind of every union that has a default, as a nested mapping: {"stop": {"kind": "kat"}, ...}."""
+    """The kind of every choice that has a default, as a nested mapping: {"stop": {"kind": "kat"}, ...}."""
     kinds: dict[str, Any] = {}
     for name, info in section.model_fields.items():
         below = members(info)
-        if info.discriminator and not info.is_required():
+        if has_kinds(info) and not info.is_required():
             kinds[name] = {"kind": info.default.kind}
         elif "" in below and (inner := default_kinds(below[""])):
             kinds[name] = inner
@@ -60,18 +73,29 @@ def default_kinds(section: type[Section]) -> dict[str, Any]:
 def allowed(info: FieldInfo) -> str:
     """What a setting accepts, in words: "whole number >= 1 or null"."""
     if below := members(info):
-        return f"section with kind: {' | '.join(below)}" if info.discriminator else "section of settings"
+        return one_of(below)
     annotated: Any = Annotated[(info.annotation, "setting", *info.metadata)]  # one annotation is obligatory
     return _words(TypeAdapter(annotated).json_schema())
 
 
+def one_of(below: Members) -> str:
+    """What a field that holds one of these sections accepts."""
+    return "section of settings" if "" in below else f"section with kind: {' | '.join(below)}"
+
+
 def _words(schema: dict[str, Any]) -> str:
+    if "kinds" in schema:
+        return f"section with kind: {' | '.join(schema['kinds'])}"
+    if "$ref" in schema:
+        return "section of settings"
     if "anyOf" in schema:
         return " or ".join(_words(option) for option in schema["anyOf"])
     if "const" in schema or "enum" in schema:
         return " | ".join(map(str, schema.get("enum", [schema.get("const")])))
     if "prefixItems" in schema:
         return f"[{', '.join(_words(item) for item in schema['prefixItems'])}]"
+    if schema.get("type") == "array" and "items" in schema:
+        return f"list, each item a {_words(schema['items'])}"
     if isinstance(schema.get("additionalProperties"), dict):
         return f"section with values: {_words(schema['additionalProperties'])}"
     if "pattern" in schema:

@@ -26,7 +26,8 @@ def main() -> None:
             "rollout.audit_fraction above 0."
         )
     stop = read_recipe(arguments.run / "config.yaml")["stop"]
-    plot(rows, stop.get("window", 1), thresholds_by_step(arguments.run), arguments.out)
+    windows = [rule["window"] for rule in stop.get("rules", [stop]) if "window" in rule]
+    plot(rows, next(iter(windows), 1), thresholds_by_step(arguments.run), arguments.out)
     print(f"{len(rows)} rollouts of {arguments.run} drawn in {arguments.out}")
 
 

@@ -126,11 +126,11 @@ def test_a_modelled_row_adds_the_network_to_the_processor() -> None:
     options = parser.parse_args(["--rollouts", "2", "--round-seconds", "10", "--step-seconds", "100"])
     own = dict.fromkeys((*threshold.PARTS, "admit"), 1.0)
     row = threshold._row("modelled", 4, own, threshold.Network(1.0, 16.0, ""), options)
-    # Two hops of 1 s and 16 bytes a second: 64 bytes in a round; 128, none and 192 in the step's three.
-    assert [row[f"{part} us"] for part in threshold.PARTS] == [1e6 * s for s in (11.0, 19.0, 3.0, 27.0)]
-    assert row["% of round"] == pytest.approx(110) and row["% of step"] == pytest.approx(49)
+    # Two hops of 1 s and 16 bytes a second: 64 bytes in a round; 128, none, 256 and 256 in the step's four.
+    assert [row[f"{part} us"] for part in threshold.PARTS] == [1e6 * s for s in (11.0, 19.0, 3.0, 35.0, 35.0)]
+    assert row["% of round"] == pytest.approx(110) and row["% of step"] == pytest.approx(92)
     alone = threshold._row("measured", 4, own, None, options)
-    assert [alone[f"{part} us"] for part in threshold.PARTS] == [1e6] * 4
+    assert [alone[f"{part} us"] for part in threshold.PARTS] == [1e6] * 5
 
 
 class Watched(Solo):
@@ -150,7 +150,7 @@ def test_the_round_that_is_timed_reduces_what_the_engines_does() -> None:
     threshold.control_round(timed)
     settings = EngineSettings(2, 4, (), Sampling(), 1, 0, torch.device("cpu"))
     student: Any = None
-    engine = RolloutEngine(student, None, NeverRule(), frozenset(), real, settings, lambda name: nullcontext())
+    engine = RolloutEngine(student, (), NeverRule(), frozenset(), real, settings, lambda name: nullcontext())
     engine._admit(Slots(2), [])
     assert timed.seen == real.seen and len(real.seen) == 1
 

@@ -109,6 +109,7 @@ VARIANTS = [
     ["--stop.kind", "random", "--stop.max_tokens", "77", "--objective.kind", "jsd", "--objective.beta", "0.1"],
     ["--train.optimizer.lr", "3e-7", "--train.epochs", "0.125", "--train.optimizer.betas", "[0.1, 0.2]"],
     ["--evaluation.grader.kind", "match", "--evaluation.grader.pattern", "null: [#'\"\\d](x)\n", "--run.name", "1e3"],
+    ["--stop.kind", "first_of", "--stop.rules", "[{kind: kat, window: 9}, {kind: replay, run: runs/x}]"],
     ["--data.template_options", "{a: '1e-6', b: 3, c: no, d: '2024-01-02', e: 'null'}", "--data.prompt_column", "yes"],
 ]  # fmt: skip
 
@@ -122,6 +123,7 @@ def test_a_dumped_recipe_reads_back_identically(tmp_path: Path, flags: list[str]
     assert dump_recipe(load_recipe(["--config", str(path)], "p", "d")) == path.read_text()
 
 
+FIRST_OF = ["--stop.kind", "first_of", "--stop.rules"]
 MISTAKES = [
     (["--stop.windw", "3"], ["stop.windw is not a setting", "Did you mean stop.window?"]),
     (["--stop.treshold.eta", "0.2"], ["stop.treshold is not a setting", "Did you mean stop.threshold?"]),
@@ -147,6 +149,19 @@ MISTAKES = [
     (["--run.name", "a/b"], ["run.name is 'a/b'", "matching"]),
     (["--stop.window", "5000"], ["stop.window 5000", "rollout.max_new_tokens 4096", "lower stop.window"]),
     (["--stop.kind", "random", "--stop.min_tokens", "9", "--stop.max_tokens", "4"], ["stop.min_tokens 9", "lower"]),
+    (["--stop.kind", "prefix", "--stop.grow_from", "2000"], ["stop.grow_from 2000", "stop.tokens 1024", "lower"]),
+    (["--stop.kind", "replay"], ["stop.run is missing", "--stop.run"]),
+    (["--stop.kind", "first_of"], ["stop.rules is missing", "--stop.rules"]),
+    (["--stop.kind", "first_of", "--stop.rules", "[]"], ["stop.rules is []", "list, each item a section with kind: kat | never"]),
+    (["--stop.kind", "first_of", "--stop.rules", "[never]"], ["stop.rules[0] is 'never'", "section with kind: kat | never"]),
+    ([*FIRST_OF, "[{window: 3}]"], ["stop.rules[0] is {'window': 3}", "section with kind: kat | never"]),
+    ([*FIRST_OF, "[{kind: kat}, {kind: first_of}]"], ["stop.rules[1].kind is 'first_of'", "Choose one of kat, never"]),
+    ([*FIRST_OF, "[{kind: kat, window: 0}]"], ["stop.rules[0].window is 0", "whole number >= 1"]),
+    ([*FIRST_OF, "[{kind: kat, windw: 9}]"], ["stop.rules[0].windw is not a setting", "mean stop.rules[0].window?"]),
+    ([*FIRST_OF, "[{kind: kat}, {kind: prefix, eta: 9}]"], ["stop.rules[1].eta is not", "stop.threshold.eta?"]),
+    ([*FIRST_OF, "[{kind: kat}, {kind: prefix, window: 9}]"], ["belongs to stop.rules[1].kind kat, not to prefix"]),
+    ([*FIRST_OF, "[{kind: replay}]"], ["stop.rules[0].run is missing. Add it to the recipe"]),
+    ([*FIRST_OF, "[{kind: kat}, {kind: prefix, tokens: 5000}]"], ["stop.rules[1].tokens 5000", "lower stop.rules[1].tokens"]),
     (["--data.train.x", "4"], ["--data.train.x and --data.train contradict"]),
     (["--rollout.slots", "[1"], ["--rollout.slots is '[1'", "not valid YAML"]),
     (["stray"], ["'stray' is not a flag"]),

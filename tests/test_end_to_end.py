@@ -77,7 +77,16 @@ def test_two_ranks_under_the_launcher(tmp_path: Path) -> None:
     assert done.stdout.count("evaluation after 2 steps") == 1 and done.stdout.count("2 steps on 2 ranks") == 1
     folder = tmp_path / "runs" / "run"
     names = sorted("events" if path.name.startswith("events.out.tfevents") else path.name for path in folder.iterdir())
-    assert names == ["checkpoints", "config.yaml", "events", "final", "metrics.jsonl", "rollouts", "summary.json"]
+    assert names == [
+        "checkpoints",
+        "config.yaml",
+        "events",
+        "final",
+        "lengths.jsonl",
+        "metrics.jsonl",
+        "rollouts",
+        "summary.json",
+    ]
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-2"]
     assert sorted(path.name for path in (folder / "rollouts").iterdir()) == ["step-000000.jsonl", "step-000001.jsonl"]
     assert json.loads((folder / "summary.json").read_text())["ranks"] == 2

@@ -29,6 +29,7 @@ BELOW: dict[str, set[str]] = {
 BELOW["inputs"] = {"parallel", "data", "models", "config", "core", "base"}
 BELOW["run"] = set(BELOW)
 BELOW["bench"] = set(BELOW)
+BELOW["compare"] = set(BELOW)
 BELOW["launch"] = set(BELOW)
 SINGLE = {"errors": "base", "settings": "base", "inputs": "inputs", "assemble": "run", "run": "run"}
 CONFIG = {"config", "cli", "schema", "recipe_errors", "recipe_help"}

@@ -24,7 +24,13 @@ if TYPE_CHECKING:
 
 HELP = "the collectives of the control flow and the threshold, on 1 to 1024 ranks"
 SMOKE = ["--ranks", "--modelled", "8", "--rollouts", "4", "--repetitions", "3"]
-PARTS = ("round", "finish_step", "step_sums", "survey")  # one reduction each; the last three once per step
+PARTS = (
+    "round",
+    "finish_step",
+    "step_sums",
+    "lengths",
+    "survey",
+)  # one reduction each; all but the first once per step
 STREAM_BYTES = 1 << 20  # of the reduction that shows the bandwidth
 T = TypeVar("T")
 
@@ -97,7 +103,8 @@ def measure(
     """Collective: seconds of every part, in turn; and of `admit`, once. All ranks start a part together."""
     import torch
 
-    from katds.core.types import Prompt, Rollout, RolloutBatch, RolloutRequest, StopReason
+    from katds.core.lengths import collect
+    from katds.core.types import EOS, Prompt, Rollout, RolloutBatch, RolloutRequest
     from katds.rollout.slots import assign
     from katds.train.share import survey
     from katds.train.statistics import step_sums
@@ -105,7 +112,7 @@ def measure(
     count = rollouts * collective.size
     requests = [RolloutRequest(i, Prompt(i, (0,)), 64) for i in range(count)]
     own = requests[collective.rank :: collective.size]
-    batch = RolloutBatch([Rollout(r, [0] * 64, 32, StopReason.EOS, None, [0.1] * 64) for r in own], {})
+    batch = RolloutBatch([Rollout(r, [0] * 64, 32, EOS, None, [0.1] * 64) for r in own], {})
     stream = torch.zeros(STREAM_BYTES // 8, dtype=torch.float64)
     seconds: dict[str, list[float]] = {}
     for _ in range(repetitions + 1):
@@ -113,7 +120,8 @@ def measure(
         parts: dict[str, Callable[[], Any]] = {
             "round": lambda: control_round(collective),
             "finish_step": lambda rule=rule: rule.finish_step(collective, 0, count),  # type: ignore[misc]
-            "step_sums": lambda: step_sums(batch.rollouts, 64, None, collective),
+            "step_sums": lambda rule=rule: step_sums(batch.rollouts, 64, None, rule.reasons, collective),  # type: ignore[misc]
+            "lengths": lambda rule=rule: collect(batch.rollouts, requests, rule.reasons, collective),  # type: ignore[misc]
             "survey": lambda: survey(batch, requests, collective),
             "stream": lambda: collective.sum(stream),
         }
@@ -145,7 +153,7 @@ def _judged(own: Sequence[Any]) -> KatRule:
     rule = KatRule(window=4, stride=4, persistence=1, min_kept=0, threshold=threshold, source="all")
     for request in own:
         rule.begin(request)
-        rule.observe(request, [0.1 + request.id % 89 / 89] * 4)
+        rule.observe(request, [0] * 4, [0.1 + request.id % 89 / 89] * 4)
         rule.end(request, terminated=False)
     return rule
 
@@ -193,7 +201,8 @@ def _row(
 ) -> dict[str, Any]:
     """`own`: seconds of the parts, to which a modelled network's are added."""
     rollouts = options.rollouts * ranks
-    payload = {"round": 16 * ranks, "finish_step": 16 * rollouts, "step_sums": 0, "survey": 24 * rollouts}
+    payload = {"round": 16 * ranks, "finish_step": 16 * rollouts, "step_sums": 0}
+    payload |= {"lengths": 32 * rollouts, "survey": 32 * rollouts}
     wire = dict.fromkeys(PARTS, 0.0)
     if network is not None:
         wire = {part: network.seconds(payload[part], ranks) for part in PARTS}

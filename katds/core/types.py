@@ -12,15 +12,9 @@ from typing import NamedTuple
 
 import torch
 
-
-class StopReason(StrEnum):
-    """Why a rollout ended; mirrored as the metrics `stop/<reason>`."""
-
-    EOS = "eos"  # the student wrote an end token
-    LENGTH = "length"  # the response reached its maximum length
-    KAT = "kat"
-    PREFIX = "prefix"
-    RANDOM = "random"
+# Why a rollout ended by itself. Stop rules add reasons of their own; all are mirrored as the metrics `stop/<reason>`.
+EOS = "eos"  # the student wrote an end token
+LENGTH = "length"  # the response reached its maximum length
 
 
 class Need(StrEnum):
@@ -75,6 +69,7 @@ class Prompt:
     index: int
     token_ids: tuple[int, ...]
     answer: str | None = None
+    teacher: int = 0  # which of the run's teachers it goes to
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +87,14 @@ class RolloutRequest:
 
 
 class Cut(NamedTuple):
-    """Verdict of a stop rule: keep the first `kept` response tokens; it was known once `at` tokens were written."""
+    """Verdict of a stop rule: keep the first `kept` response tokens; it was known once `at` tokens were written.
+
+    `reason` is one of the rule's `reasons`: who cut.
+    """
 
     kept: int
     at: int
+    reason: str
 
 
 @dataclass(slots=True)
@@ -110,7 +109,7 @@ class Rollout:
     request: RolloutRequest
     response_ids: list[int]
     kept: int
-    reason: StopReason
+    reason: str  # EOS, LENGTH, or that of the cut that ended it
     cut: Cut | None = None
     divergences: list[float] = field(default_factory=list)
     hole: tuple[int, int] | None = None  # response tokens [from, to) that the loss leaves out although they are kept
@@ -122,7 +121,7 @@ class Rollout:
     @property
     def terminated(self) -> bool:
         """Whether a stop rule, not the student, ended the rollout."""
-        return self.reason not in (StopReason.EOS, StopReason.LENGTH)
+        return self.reason not in (EOS, LENGTH)
 
 
 @dataclass(slots=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
@@ -34,9 +34,17 @@ class PromptSet:
     never depends on a library's version.
     """
 
-    def __init__(self, token_ids: list[array[int]], answers: list[str | None], *, seed: int, shuffle: bool) -> None:
+    def __init__(
+        self,
+        token_ids: list[array[int]],
+        answers: list[str | None],
+        *,
+        seed: int,
+        shuffle: bool,
+        teachers: list[int] | None = None,
+    ) -> None:
         assert len(token_ids) == len(answers) > 0, f"{len(token_ids)} prompts, {len(answers)} answers"
-        self._token_ids, self._answers = token_ids, answers
+        self._token_ids, self._answers, self._teachers = token_ids, answers, teachers or [0] * len(answers)
         self._seed, self._shuffle = seed, shuffle
         self._order = lru_cache(maxsize=2)(self._make_order)  # a batch touches at most few epochs, in order
 
@@ -44,7 +52,7 @@ class PromptSet:
         return len(self._token_ids)
 
     def __getitem__(self, index: int) -> Prompt:
-        return Prompt(index, tuple(self._token_ids[index]), self._answers[index])
+        return Prompt(index, tuple(self._token_ids[index]), self._answers[index], self._teachers[index])
 
     def __iter__(self) -> Iterator[Prompt]:
         return (self[index] for index in range(len(self)))
@@ -70,6 +78,7 @@ class _Item(NamedTuple):
     place: str
     prompt: str | list[dict[str, Any]]
     answer: str | None
+    teacher: int
 
 
 def load_prompts(
@@ -81,23 +90,26 @@ def load_prompts(
     shuffle: bool | None = None,
     limit: int | None = None,
     field: str = "data.train",
+    teachers: Sequence[str] = (),
 ) -> PromptSet:
-    """Prompts of a file or folder. `shuffle` defaults to data.shuffle; `limit` takes the first rows.
+    """Prompts of a file or folder. `shuffle` defaults to data.shuffle; `limit` takes the first rows. `teachers` are the names that
+    data.teacher_column may hold; without them it is not read.
 
     `field` is the setting that named `path`, for errors. Raises ConfigError with file and line:
     unreadable data, missing column or value, no chat template, prompt too long.
     """
     if data.chat_template and not tokenizer.chat_template:
         raise ConfigError(f"data.chat_template is true, but the student's tokenizer has none. {REMEDY_NO_TEMPLATE}.")
-    items = _read(path, data, limit, field)
+    items = _read(path, data, limit, field, teachers)
     token_ids: list[array[int]] = []
     for start in range(0, len(items), BATCH_ROWS):
         token_ids += _tokenise(items[start : start + BATCH_ROWS], tokenizer, data)
     shuffle = data.shuffle if shuffle is None else shuffle
-    return PromptSet(token_ids, [item.answer for item in items], seed=seed, shuffle=shuffle)
+    answers, owners = [item.answer for item in items], [item.teacher for item in items]
+    return PromptSet(token_ids, answers, seed=seed, shuffle=shuffle, teachers=owners)
 
 
-def _read(path: Path, data: DataConfig, limit: int | None, field: str) -> list[_Item]:
+def _read(path: Path, data: DataConfig, limit: int | None, field: str, teachers: Sequence[str]) -> list[_Item]:
     items: list[_Item] = []
     answered = data.answer_column is None
     columns: dict[str, None] = {}
@@ -108,7 +120,8 @@ def _read(path: Path, data: DataConfig, limit: int | None, field: str) -> list[_
             _no_column(place, "data.prompt_column", data.prompt_column, list(row), "")
         answered = answered or data.answer_column in row
         columns.update(dict.fromkeys(row))
-        items.append(_Item(place, _prompt(row[data.prompt_column], place, data), _answer(row, place, data)))
+        prompt, answer = _prompt(row[data.prompt_column], place, data), _answer(row, place, data)
+        items.append(_Item(place, prompt, answer, _teacher(row, place, data, teachers)))
     if not items:
         raise ConfigError(f"{field} is {path}, which holds no rows. Give a file with at least one prompt.")
     if not answered:
@@ -146,6 +159,22 @@ def _answer(row: dict[str, Any], place: str, data: DataConfig) -> str | None:
         return None if value is None else str(value).strip() or None
     kind = type(value).__name__
     raise ConfigError(f"{place}: column {data.answer_column!r} is a {kind}. Give text or a number.")
+
+
+def _teacher(row: dict[str, Any], place: str, data: DataConfig, teachers: Sequence[str]) -> int:
+    if not teachers or data.teacher_column is None:
+        return 0
+    if data.teacher_column not in row:
+        _no_column(place, "data.teacher_column", data.teacher_column, list(row), "")
+    name = row[data.teacher_column]
+    if name is None or not str(name).strip():
+        return 0
+    if str(name).strip() not in teachers:
+        raise ConfigError(
+            f"{place}: column {data.teacher_column!r} is {str(name)!r}, which names no teacher. Teachers are {', '.join(teachers)}, or "
+            "nothing for the first one."
+        )
+    return 1 + list(teachers).index(str(name).strip())
 
 
 def _tokenise(items: list[_Item], tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> list[array[int]]:

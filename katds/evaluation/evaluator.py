@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from katds.core.collective import Collective
-from katds.core.types import Prompt, Rollout, StopReason
+from katds.core.types import EOS, Prompt, Rollout
 from katds.evaluation.metrics import Sample, Scores, score
 from katds.rollout.engine import RolloutEngine
 from katds.rollout.requests import requests_for
@@ -49,7 +49,7 @@ class Evaluator:
     def _sample(self, rollout: Rollout) -> Sample:
         answer = rollout.request.prompt.answer
         right = answer is not None and self.grade(self.to_text(rollout.response_ids), answer)
-        return Sample(right, len(rollout.response_ids), rollout.reason is StopReason.EOS)
+        return Sample(right, len(rollout.response_ids), rollout.reason == EOS)
 
 
 def text_decoder(tokenizer: Any) -> Callable[[Sequence[int]], str]:

@@ -48,12 +48,15 @@ class _Model:
     eos_ids: tuple[int, ...]
 
 
-def check_models(student: Path, teacher: Path, max_prompt_tokens: int, max_new_tokens: int) -> ModelFacts:
-    """Facts about both models. Raises ConfigError where they cannot be distilled; reads no weights.
+def check_models(
+    student: Path, teacher: Path, max_prompt_tokens: int, max_new_tokens: int, field: str = "teacher.path"
+) -> ModelFacts:
+    """Facts about both models. Raises ConfigError where they cannot be distilled; reads no weights. `field` is the setting that named
+    the teacher.
 
     Order: folders, configurations, tokenizers, vocabulary sizes, end tokens, context.
     """
-    models = [_inspect("student.path", student), _inspect("teacher.path", teacher)]
+    models = [_inspect("student.path", student), _inspect(field, teacher)]
     learner, guide = models
     digest = _same_tokenizer(learner, guide)
     size = 1 + max(learner.tokenizer.get_vocab().values())
@@ -188,7 +191,7 @@ def _same_tokenizer(student: _Model, teacher: _Model) -> str:
     differing = sorted(token for token in {*ours, *theirs} if ours.get(token) != theirs.get(token))
     example = f"{differing[0]!r} is {ours.get(differing[0])} and {theirs.get(differing[0])}" if differing else "flags"
     raise ConfigError(
-        f"teacher.path is {teacher.path}, whose tokenizer differs from the student's: {len(ours)} and {len(theirs)} "
+        f"{teacher.field} is {teacher.path}, whose tokenizer differs from the student's: {len(ours)} and {len(theirs)} "
         f"tokens in the student and the teacher, {len(differing)} differ, such as {example}. "
         "Take both models from one family."
     )

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from katds.core.behaviours.base import Mix
 from katds.core.counter import key, uniforms
 from katds.core.types import Need
 from katds.models.causal import Forward
@@ -50,18 +51,19 @@ class Decoder:
         cache: the student's keys; holds every live seat up to, not including, its pending token.
         top_k: how many of the student's best log-probabilities to keep per token; 0 keeps none.
         needs: of these, what the student knows as it writes.
+        guide: the teacher's step, over a cache that holds what the student's does, and how the two are mixed.
         seed, stream: name the random numbers together with rollout id and position.
     """
 
     def __init__(
         self, model: Forward, step: Step, cache: SlotCache, sampling: Sampling, top_k: int, needs: frozenset[Need],
-        seed: int, stream: int,
+        seed: int, stream: int, guide: tuple[Step, Mix] | None = None,
     ) -> None:  # fmt: skip
         self._model, self._step = model, step
         self._cache = cache
         self._sampling = sampling
         self._top_k, self._needs = top_k, needs
-        self._origin = (seed, stream)
+        self._origin, self._guide = (seed, stream), guide
 
     def prefill(self, seats: Sequence[Seat], leaders: Mapping[int, int]) -> None:
         """Computes the prompts' keys of the fresh seats, which are the last ones; followers get their leader's."""
@@ -96,7 +98,10 @@ class Decoder:
         with torch.inference_mode():  # a tenth faster than no_grad; what is stacked outside are ordinary tensors again
             for step in range(tokens):
                 logits = self._step(pending, positions, longest + step + 1)
-                drawn.append(sample_step(logits, random_CS[step], self._sampling, self._top_k, **wanted))
+                policy = self._policy(logits, pending, positions, longest + step + 1)
+                drawn.append(
+                    sample_step(logits, random_CS[step], self._sampling, self._top_k, **wanted, policy_SV=policy)
+                )
                 inputs.append(pending)
                 pending, positions = drawn[-1].tokens_S, positions + 1
         rest = ("top_ids_SK", "top_logprobs_SK", "logprobs_S", "entropies_S")
@@ -105,6 +110,17 @@ class Decoder:
             torch.stack([each.tokens_S for each in drawn], 1),
             *(_stacked([getattr(each, name) for each in drawn]) for name in rest),
         )
+
+    def _policy(
+        self, logits: torch.Tensor, pending: torch.Tensor, positions: torch.Tensor, longest: int
+    ) -> torch.Tensor | None:
+        """What the next token is drawn from, if not from the student alone: log-probabilities [S, V]."""
+        if self._guide is None:
+            return None
+        step, mix = self._guide
+        both = (logits, step(pending, positions, longest))
+        student, teacher = ((each.float() / self._sampling.scale).log_softmax(-1) for each in both)
+        return mix(student, teacher)
 
     def _tensor(self, values: Sequence[Any]) -> torch.Tensor:
         return upload(torch.tensor(values, dtype=torch.int64), self._cache.device)

@@ -11,21 +11,22 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
+from katds.core.behaviours.base import Behaviour
 from katds.core.collective import Collective
 from katds.core.stop.base import StopRule
-from katds.core.types import Need, Rollout, RolloutBatch, RolloutRequest, StopReason
+from katds.core.types import EOS, LENGTH, Need, Rollout, RolloutBatch, RolloutRequest
 from katds.errors import TrainingError
 from katds.models.causal import FlatCausalLM, Forward
 from katds.models.slot_cache import SlotCache
 from katds.models.step import ForwardMaker, StepMaker
 from katds.rollout.decode import Chunk, Decoder
-from katds.rollout.scorer import Scores, TeacherScorer
+from katds.rollout.scorer import RoutedScorer, Scores, TeacherScorer
 from katds.rollout.side import Side
 from katds.rollout.signal_log import SignalLog, first_rows
 from katds.rollout.sizes import EngineSettings, EngineStats
@@ -44,25 +45,27 @@ class RolloutEngine:
     """Writes rollouts with continuous batching over `settings.slots` slots per rank.
 
     Args:
-        teacher: lends the teacher for a rollout phase; None writes without scores
+        teachers: each lends a teacher for a rollout phase; a prompt says which is its own. None at all: writes without scores
             (evaluation); the rule must then need no divergence and `needs` be empty.
         needs: what the objective asks of the teacher.
         clock: told of the parts "control", "prefill", "decode", "teacher" and "judge".
         say: told what a user should know, once.
+        behaviour: who writes; one that lets the teacher write along needs a teacher that is lent whole.
     """
 
     def __init__(
         self,
         student: StudentSource,
-        teacher: Callable[[], AbstractContextManager[Forward]] | None,
+        teachers: Sequence[Callable[[], AbstractContextManager[Forward]]],
         rule: StopRule,
         needs: frozenset[Need],
         collective: Collective,
         settings: EngineSettings,
         clock: PhaseClock,
         say: Callable[[str], None] = lambda _: None,
+        behaviour: Behaviour | None = None,
     ) -> None:
-        if teacher is None and (needs or rule.needs_divergence):
+        if not teachers and (needs or rule.needs_divergence):
             raise ValueError("an objective or stop rule needs the teacher's signal, but the engine has no teacher")
         if settings.top_k < 1 and (rule.needs_divergence or Need.STUDENT_TOP_K in needs):
             raise ValueError(f"top_k is {settings.top_k}; the divergence needs at least 1 of the student's best tokens")
@@ -71,11 +74,13 @@ class RolloutEngine:
         self._collective = collective
         self._settings = settings
         self._clock = clock
-        self._teacher = teacher
+        self._teachers = teachers
         self._needs = needs
         self._top_k = settings.top_k if rule.needs_divergence or Need.STUDENT_TOP_K in needs else 0
         self._steps = StepMaker(settings.fast_decode, settings.keep_decoder, say)
-        self._forwards = ForwardMaker(settings.fast_decode, say)
+        self._forwards = [ForwardMaker(settings.fast_decode, say) for _ in teachers]
+        self._behaviour = behaviour
+        self._guides = StepMaker(settings.fast_decode, False, say)  # of the teacher
         self._side = Side(settings.device, settings.overlap)
         self.stats = EngineStats()
         self._finite = True  # of this rank's divergences
@@ -94,9 +99,10 @@ class RolloutEngine:
         queue = sorted(requests, key=lambda request: not request.audit)
         done: list[tuple[Rollout, list[tuple[int, int]]]] = []
         signal = SignalLog()
-        lend = self._teacher or nullcontext
-        with self._student.decoding() as model, lend() as teacher:
-            phase = self._start(model, teacher, requests, stream)
+        with ExitStack() as lent:
+            model = lent.enter_context(self._student.decoding())
+            teachers = [lent.enter_context(lend()) for lend in self._teachers]
+            phase = self._start(model, teachers, requests, stream)
             self._side.mark()
             try:
                 self._rounds(phase, queue, signal, done)
@@ -127,7 +133,7 @@ class RolloutEngine:
             self._retire(phase, ended)
 
     def _start(
-        self, model: FlatCausalLM, teacher: Forward | None, requests: Sequence[RolloutRequest], stream: int
+        self, model: FlatCausalLM, teachers: Sequence[Forward], requests: Sequence[RolloutRequest], stream: int
     ) -> _Phase:
         """The caches of one rollout phase. They are freed at its end, when the learner needs the memory; with `keep_decoder`, all but
         the student's."""
@@ -135,16 +141,29 @@ class RolloutEngine:
         overshoot = self._settings.chunk_tokens * (2 if self._settings.overlap else 1)
         length = max((len(r.prompt.token_ids) + r.max_new_tokens for r in requests), default=1) + overshoot
         slots = min(self._settings.slots, max(len(requests), 1))
-        made = self._steps(model, slots, length, self._settings.device)
-        sampling, seed = self._settings.sampling, self._settings.seed
-        decoder = Decoder(made.forward, made.step, made.cache, sampling, self._top_k, self._needs, seed, stream)
-        if teacher is None:
-            return _Phase(Slots(slots), made.cache, None, decoder, None)
-        read = SlotCache(slots, length, self._settings.device)
-        reader = self._forwards(teacher, read)
+        device, sampling, seed = self._settings.device, self._settings.sampling, self._settings.seed
+        made = self._steps(model, slots, length, device)
+        mix, guide = None if self._behaviour is None else self._behaviour.at(stream), None
+        if mix is not None:
+            (teacher,) = teachers
+            assert isinstance(teacher, FlatCausalLM), "a teacher that writes along is lent whole"
+            beside = self._guides(teacher, slots, length, device)
+            guide, readers = (beside.step, mix), [(beside.forward, beside.cache)]
+        else:
+            caches = [SlotCache(slots, length, device) for _ in teachers]
+            readers = [
+                (make(teacher, cache), cache)
+                for make, teacher, cache in zip(self._forwards, teachers, caches, strict=True)
+            ]
+        decoder = Decoder(made.forward, made.step, made.cache, sampling, self._top_k, self._needs, seed, stream, guide)
         teacher_top_k = self._settings.teacher_top_k or self._settings.top_k
-        scorer = TeacherScorer(reader, read, self._needs, self._top_k > 0, teacher_top_k, sampling.scale)
-        return _Phase(Slots(slots), made.cache, read, decoder, scorer)
+        scorers = [
+            TeacherScorer(reader, cache, self._needs, self._top_k > 0, teacher_top_k, sampling.scale)
+            for reader, cache in readers
+        ]
+        scorer = RoutedScorer(scorers) if len(scorers) > 1 else next(iter(scorers), None)
+        reads = [cache for _, cache in readers]
+        return _Phase(Slots(slots), made.cache, reads, decoder, scorer, guided=guide is not None)
 
     def _admit(self, slots: Slots, queue: list[RolloutRequest]) -> tuple[dict[int, int], bool]:
         """Collective: the round's control reduction. Returns the followers' leaders, and whether any rank is busy."""
@@ -169,11 +188,25 @@ class RolloutEngine:
             return None
         with self._clock("prefill"):
             phase.decoder.prefill(seats, leaders)
+            if phase.guided:
+                self._prime(phase, leaders)
         with self._clock("decode"):
             chunk = phase.decoder.decode(seats, self._settings.chunk_tokens, phase.flight)
         self.stats.decoded_tokens += chunk.tokens_SC.numel()
         self.stats.decode_steps[len(seats)] += chunk.tokens_SC.shape[1]
+        if phase.guided:
+            self.stats.teacher_tokens[len(seats)] += chunk.tokens_SC.shape[1]
         return chunk
+
+    def _prime(self, phase: _Phase, leaders: dict[int, int]) -> None:
+        """The teacher reads the prompts of fresh seats before it writes along; it does not read them again with the chunk."""
+        assert phase.scorer is not None
+        seats = phase.slots.seats
+        if any(seat.fresh for seat in seats):
+            phase.scorer.score(seats, leaders, None)
+        leaders.clear()
+        for seat in seats:
+            seat.fresh = False
 
     def _score(self, phase: _Phase, leaders: dict[int, int], chunk: Chunk | None) -> Scores:
         if phase.scorer is None:
@@ -208,7 +241,7 @@ class RolloutEngine:
                 seat.spans.append((first_row + slot * len(tokens), len(seat.response) - before))
                 if reason is not None:
                     rollout = seat.finish(reason)
-                    self._rule.end(seat.request, rollout.terminated)
+                    rollout.hole = self._rule.end(seat.request, rollout.terminated)
                     self.stats.tokens += len(rollout.response_ids)
                     ended.append(slot)
                     done.append((rollout, first_rows(seat.spans, rollout.kept)))
@@ -224,37 +257,37 @@ class RolloutEngine:
             order[target] = source
             tokens = phase.slots.seats[target].position
             phase.cache.move(source, target, tokens + flying)
-            if phase.read is not None:
-                with self._side.open():
-                    phase.read.move(source, target, tokens)
+            with self._side.open():
+                for read in phase.reads:
+                    read.move(source, target, tokens)
         if phase.flight is not None and ended:
             phase.flight = phase.flight.take(order[: len(phase.slots.seats)])
         self._side.mark()
 
-    def _advance(self, seat: Seat, tokens: list[int], divergences: list[float], scored: bool) -> StopReason | None:
+    def _advance(self, seat: Seat, tokens: list[int], divergences: list[float], scored: bool) -> str | None:
         """Appends the chunk to the seat up to its end; returns why it ended, or None.
 
         Order of checks: a natural end at the very token at which the rule would fire is a natural end.
         """
         written, reason = self._natural_end(seat, tokens)
-        cut = self._rule.observe(seat.request, divergences[:written])
+        cut = self._rule.observe(seat.request, tokens[:written], divergences[:written])
         if cut is not None and (reason is None or cut.at < len(seat.response) + written):
             seat.cut = cut
             if not seat.request.audit:
-                written, reason = cut.at - len(seat.response), self._rule.reason
+                written, reason = cut.at - len(seat.response), cut.reason
         seat.response += tokens[:written]
         if scored and self._settings.keep_divergences:
             seat.divergences += divergences[:written]
         seat.pending = seat.response[-1] if seat.response else seat.pending
         return reason
 
-    def _natural_end(self, seat: Seat, tokens: list[int]) -> tuple[int, StopReason | None]:
+    def _natural_end(self, seat: Seat, tokens: list[int]) -> tuple[int, str | None]:
         """How many of the tokens belong to the response, and why it ends with them, if it does."""
         room = seat.request.max_new_tokens - len(seat.response)
         for i, token in enumerate(tokens[:room]):
             if token in self._settings.eos_ids:
-                return i + 1, StopReason.EOS
-        return (room, StopReason.LENGTH) if len(tokens) >= room else (len(tokens), None)
+                return i + 1, EOS
+        return (room, LENGTH) if len(tokens) >= room else (len(tokens), None)
 
 
 def _not_finite() -> TrainingError:
@@ -272,7 +305,8 @@ class _Phase:
 
     slots: Slots
     cache: SlotCache  # of the student
-    read: SlotCache | None  # of the teacher
+    reads: list[SlotCache]  # of the teachers
     decoder: Decoder
-    scorer: TeacherScorer | None
+    scorer: TeacherScorer | RoutedScorer | None
     flight: Chunk | None = None  # written by the live slots, not yet judged
+    guided: bool = False  # the teacher writes along

@@ -53,7 +53,7 @@ class Drawn:
     tokens_S: torch.Tensor  # int64
     top_ids_SK: torch.Tensor | None  # int64, in no particular order
     top_logprobs_SK: torch.Tensor | None  # float32
-    logprobs_S: torch.Tensor | None = None  # float32, of the drawn tokens
+    logprobs_S: torch.Tensor | None = None  # float32, of the drawn tokens, under whatever they were drawn from
     entropies_S: torch.Tensor | None = None  # float32, nats
 
 
@@ -64,9 +64,11 @@ def sample_step(
     top_k: int,
     logprob: bool = False,
     entropy: bool = False,
+    policy_SV: torch.Tensor | None = None,
 ) -> Drawn:
     """Draws one token per row with random numbers u in (0, 1), and reports its K = min(top_k, V) best; 0 reports none. On request
-    also its log-probability and the entropy.
+    also its log-probability and the entropy. With `policy_SV`, log-probabilities at the temperature of sampling, tokens are drawn
+    from these; all else goes on describing the logits.
 
     `logits_SV` may have any floating dtype; probabilities are float32. Cost over [S, V]: one softmax and one pass of
     block sums; one pass of block maxima for K; two for the entropy; a division unless the temperature is 1. On CPU a filter adds one
@@ -82,10 +84,11 @@ def sample_step(
         # The best token alone gives the normaliser, so the others' logarithms survive where their exponential does not.
         best, best_probability = best.float(), probabilities.gather(-1, ids).amax(-1, keepdim=True)
         logprobs = best - best.amax(-1, keepdim=True) + best_probability.log()
-    tokens = logits_SV.argmax(-1) if sampling.greedy else _draw(probabilities, u_S, sampling, ids)
+    weights, known = (probabilities, ids) if policy_SV is None else (policy_SV.exp(), None)
+    tokens = logits_SV.argmax(-1) if sampling.greedy else _draw(weights, u_S, sampling, known)
     drawn = Drawn(tokens, ids, logprobs)
     if logprob:
-        drawn.logprobs_S = probabilities.gather(-1, tokens[:, None]).squeeze(-1).log()
+        drawn.logprobs_S = weights.gather(-1, tokens[:, None]).squeeze(-1).log()
     if entropy:
         values = scaled.float()
         mean = torch.linalg.vecdot(probabilities, values.clamp(min=torch.finfo(torch.float32).min))

@@ -62,25 +62,37 @@ class TeacherScorer:
         self._temperature = temperature
 
     @torch.no_grad()
-    def score(self, seats: Sequence[Seat], leaders: Mapping[int, int], chunk: Chunk | None) -> Scores:
+    def score(
+        self, seats: Sequence[Seat], leaders: Mapping[int, int], chunk: Chunk | None, own: Sequence[bool] | None = None
+    ) -> Scores:
         """Collective where the teacher is sharded. Scores `chunk`, which the first of `seats` have written, and reads the prompts
-        of fresh seats; without anything to read feeds a dummy token."""
+        of fresh seats; without anything to read feeds a dummy token. Of the seats that are not its `own` it reads nothing, and
+        `Scores` has no rows for them."""
         judged, width = (0, 0) if chunk is None else chunk.inputs_SC.shape
+        own = [True] * len(seats) if own is None else own
         first = len(seats) - sum(seat.fresh for seat in seats) + len(leaders)  # from here on prompts are read
-        uniform = min(first, judged)
+        uniform = min(first, judged) if all(own) else 0
         starts = [0 if slot >= first else seat.position for slot, seat in enumerate(seats)]
         counts = [
-            seat.position - start + (width if slot < judged else 0)
-            for slot, (seat, start) in enumerate(zip(seats, starts, strict=True))
+            (seat.position - start + (width if slot < judged else 0)) * mine
+            for slot, (seat, start, mine) in enumerate(zip(seats, starts, own, strict=True))
         ]
         if not any(counts):
             return self._dummy()
         if not any(counts[uniform:]):
             starts, counts = starts[:uniform], counts[:uniform]
-        copies = [(leader, slot, seats[slot].position) for slot, leader in leaders.items() if leader < len(counts)]
+        copies = [
+            (leader, slot, seats[slot].position)
+            for slot, leader in leaders.items()
+            if leader < len(counts) and own[slot]
+        ]
         plan, positions = ragged_plan(self._cache, 0, starts, counts, uniform, copies)
-        prompts = [seat.request.prompt.token_ids[:-1] if slot >= first else () for slot, seat in enumerate(seats)]
+        prompts = [
+            seat.request.prompt.token_ids[:-1] if slot >= first and own[slot] else () for slot, seat in enumerate(seats)
+        ]
         tokens, rows = self._layout(prompts[uniform : len(counts)], counts, chunk)
+        if chunk is not None and not all(own[:judged]):
+            chunk = chunk.take([slot for slot in range(judged) if own[slot]])
         if chunk is None:
             self._teacher(tokens, positions, plan, lambda *_: None, rows=rows, cache=self._cache)
             return Scores({}, None, tokens.shape[0])
@@ -111,13 +123,13 @@ class TeacherScorer:
         rows, at = list(range(uniform * width)), uniform * width
         for slot, count in enumerate(counts[uniform:], uniform):
             at += count
-            rows += range(at - width if slot < judged else at, at)
+            rows += range(at - width if slot < judged and count else at, at)
         flat = list(itertools.chain.from_iterable(prompts))
         host = torch.tensor(flat + rows, dtype=torch.int64)
         read, rows_N = upload(host, self._cache.device).split([len(flat), len(rows)])
         pieces = [written[:uniform].flatten()]
         for slot, prompt in enumerate(read.split([len(prompt) for prompt in prompts]), uniform):
-            pieces += [prompt, written[slot : slot + 1].flatten()]
+            pieces += [prompt, written[slot : slot + 1].flatten()] if counts[slot] else []
         return torch.cat(pieces), rows_N
 
     def _nothing(self) -> torch.Tensor:
@@ -146,7 +158,39 @@ class TeacherScorer:
         return top_k_tail_reverse_kl(student, signal[Field.STUDENT_TOP].view_as(student))
 
     def _dummy(self) -> Scores:
+        """At the last position of a slot, which nobody sees: the slot may be taken."""
         zero = torch.zeros(1, dtype=torch.int64, device=self._cache.device)
-        plan, positions = ragged_plan(self._cache, 0, [0], [1], 1)
+        plan, positions = ragged_plan(self._cache, 0, [self._cache.length - 1], [1], 1)
         self._teacher(zero, positions, plan, lambda *_: None, rows=zero, cache=self._cache)
         return Scores({}, None)
+
+
+class RoutedScorer:
+    """Several teachers, each for the seats whose prompts are its own.
+
+    Every teacher has a cache for all slots. Each makes its forward in every round, since a sharded one's is a collective.
+    """
+
+    def __init__(self, scorers: Sequence[TeacherScorer]) -> None:
+        self._scorers = scorers
+
+    def score(self, seats: Sequence[Seat], leaders: Mapping[int, int], chunk: Chunk | None) -> Scores:
+        """Collective; as `TeacherScorer.score`, with rows for all seats."""
+        judged, width = (0, 0) if chunk is None else chunk.inputs_SC.shape
+        signal: dict[Field, torch.Tensor] = {}
+        divergences, tokens = None, 0
+        for teacher, scorer in enumerate(self._scorers):
+            own = [seat.request.prompt.teacher == teacher for seat in seats]
+            part = scorer.score(seats, leaders, chunk if any(own[:judged]) else None, own)
+            tokens += part.tokens
+            slots = torch.tensor([slot for slot in range(judged) if own[slot]], dtype=torch.int64)
+            rows = (slots[:, None] * width + torch.arange(width)).flatten()
+            for key, values in part.signal.items():
+                if key not in signal:
+                    signal[key] = values.new_empty(judged * width, *values.shape[1:])
+                signal[key][upload(rows, values.device)] = values
+            if part.divergences_SC is not None:
+                if divergences is None:
+                    divergences = part.divergences_SC.new_empty(judged, width)
+                divergences[upload(slots, divergences.device)] = part.divergences_SC
+        return Scores(signal, divergences, tokens)

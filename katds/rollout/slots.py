@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 
-from katds.core.types import Cut, Rollout, RolloutRequest, StopReason
+from katds.core.types import Cut, Rollout, RolloutRequest
 
 
 @dataclass(slots=True)
@@ -30,7 +30,7 @@ class Seat:
     def position(self) -> int:
         return len(self.request.prompt.token_ids) - 1 + len(self.response)
 
-    def finish(self, reason: StopReason) -> Rollout:
+    def finish(self, reason: str) -> Rollout:
         kept = len(self.response) if self.cut is None else self.cut.kept
         return Rollout(self.request, self.response, kept, reason, self.cut, self.divergences)
 

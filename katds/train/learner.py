@@ -16,13 +16,14 @@ import torch
 from katds.core.collective import Collective
 from katds.core.objectives import Objective
 from katds.core.objectives.base import Progress
+from katds.core.objectives.rows import outside_holes
 from katds.core.packing import DEFAULT_ATTENTION_WEIGHT
 from katds.core.types import Field, Need, RolloutBatch, RolloutRequest
 from katds.errors import TrainingError
 from katds.models.plans import PackedPlan, upload
 from katds.models.tiled_head import tiled_loss
 from katds.rollout.engine import PhaseClock
-from katds.train.share import Share, deal, outside_holes, survey
+from katds.train.share import Share, deal, survey
 
 Head = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -99,7 +100,8 @@ class Learner:
                 report["tokens"] += share.tokens
                 report["micro_batches"] += len(share.micro_batches)
                 report["imbalance"] = share.imbalance
-        return report | {key: value / report["tokens"] for key, value in totals.items()}
+        means = {key: value / report["tokens"] for key, value in totals.items()}
+        return {**report, **means, **self._objective.metrics()}
 
     def _prepared(self, batch: RolloutBatch, step: int) -> RolloutBatch:
         """Collective: with the fields that the objective makes, and without the holes of the rollouts."""
@@ -107,7 +109,7 @@ class Learner:
         holes = torch.tensor([any(rollout.hole for rollout in batch.rollouts)], dtype=torch.int64)
         if bool(self._collective.max(holes)):
             learned = outside_holes(batch.rollouts).to(self._device)
-            made[Field.LEARNED] = learned & made[Field.LEARNED] if Field.LEARNED in made else learned
+            made[Field.LEARNED] = learned & made[Field.LEARNED].to(self._device) if Field.LEARNED in made else learned
         # A rank that wrote nothing learns from the others which fields there are.
         return RolloutBatch(batch.rollouts, {**batch.signal, **made}) if batch.signal else batch
 

@@ -1,4 +1,5 @@
-"""What a run leaves behind: TensorBoard events, metrics.jsonl, a console line and a progress bar per step, rollout samples.
+"""What a run leaves behind: TensorBoard events, metrics.jsonl, lengths.jsonl, a console line and a progress bar per step, rollout
+samples.
 
 Only rank 0 writes. Totals over the run live here, and travel with checkpoints.
 """
@@ -15,6 +16,8 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from katds.core.lengths import FILE as LENGTHS
+from katds.core.lengths import StepLengths
 from katds.core.types import Rollout
 from katds.train.clock import Clock
 from katds.train.statistics import Sums, add, saved_fraction
@@ -49,6 +52,7 @@ class Monitor:
         if is_main:
             (folder / "rollouts").mkdir(parents=True, exist_ok=True)
             evaluations = _drop_from(folder / "metrics.jsonl", start)
+            _drop_from(folder / LENGTHS, start)
             self._writer = SummaryWriter(str(folder), purge_step=start if start else None)
             for record in evaluations:  # TensorBoard drops them with the steps from `start` on
                 self._show(start, record)
@@ -73,7 +77,9 @@ class Monitor:
             add(self.active_totals, sums)
         seconds = self._take_seconds()
         wall = sum(value for key, value in seconds.items() if key in STEP_PHASES)
-        record = {_LEARNED.get(key, f"train/{key}"): value for key, value in learned.items()} | dict(metrics)
+        record = {
+            _LEARNED.get(key, key if "/" in key else f"train/{key}"): value for key, value in learned.items()
+        } | dict(metrics)
         record |= {f"time/{key}": value for key, value in seconds.items()}
         record["throughput/rollout_tokens_per_second"] = sums["tokens"] / wall if wall else 0.0
         if (saved := saved_fraction(self.totals)) is not None:
@@ -92,6 +98,12 @@ class Monitor:
         self._show(step, record)
         with (self._folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, **record}) + "\n")
+
+    def lengths(self, step: int, record: StepLengths) -> None:
+        """The rollouts of a step into lengths.jsonl."""
+        if self._is_main:
+            with (self._folder / LENGTHS).open("a") as file:
+                file.write(record.line(step))
 
     def _show(self, step: int, record: Mapping[str, float]) -> None:
         assert self._writer is not None
@@ -155,7 +167,7 @@ def _sample(rollout: Rollout, to_text: Any) -> dict[str, Any]:
         "id": rollout.id,
         "prompt": to_text(rollout.request.prompt.token_ids),
         "response": to_text(rollout.response_ids),
-        "reason": rollout.reason.value,
+        "reason": rollout.reason,
         "audit": rollout.request.audit,
         "tokens": len(rollout.response_ids),
         "kept": rollout.kept,

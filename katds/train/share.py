@@ -13,7 +13,7 @@ import torch
 
 from katds.core.collective import Collective
 from katds.core.packing import Plan, imbalance, plan, transfers
-from katds.core.types import Field, Rollout, RolloutBatch, RolloutRequest
+from katds.core.types import Field, RolloutBatch, RolloutRequest
 
 
 @dataclass(slots=True)
@@ -56,18 +56,6 @@ def survey(batch: RolloutBatch, requests: Sequence[RolloutRequest], collective: 
     kept, chosen, owners, present = collective.sum(table).tolist()
     assert all(c == 1 for c in present), f"each rollout must be on one rank; counts are {sorted(set(present))}"
     return Kept(kept, chosen, owners)
-
-
-def outside_holes(rollouts: Sequence[Rollout]) -> torch.Tensor:
-    """Bool [T] on the host: which kept tokens, rollout after rollout, lie in no hole."""
-    learned = torch.ones(sum(rollout.kept for rollout in rollouts), dtype=torch.bool)
-    at = 0
-    for rollout in rollouts:
-        if rollout.hole is not None:
-            start, end = (min(place, rollout.kept) for place in rollout.hole)
-            learned[at + start : at + end] = False
-        at += rollout.kept
-    return learned
 
 
 def deal(

@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 import torch
 
 from katds.core.collective import Collective
-from katds.core.types import Rollout, StopReason
+from katds.core.types import EOS, LENGTH, Rollout
 
 Sums = dict[str, float]
 
 _KEYS = (
     "rollouts", "tokens", "kept", "kl", "scored", "decoded", "ruled", "ruled_tokens", "audit", "audit_tokens", "audit_cut",
-    "audit_cut_tokens", "audit_cut_graded", "audit_cut_correct", *(f"stop/{reason.value}" for reason in StopReason),
+    "audit_cut_tokens", "audit_cut_graded", "audit_cut_correct",
 )  # fmt: skip
 
 
@@ -24,15 +24,16 @@ def step_sums(
     rollouts: Sequence[Rollout],
     decoded_tokens: int,
     correct: Callable[[Rollout], bool | None] | None,
+    reasons: Sequence[str],
     collective: Collective,
 ) -> Sums:
     """Collective. `correct` grades a complete rollout (None: it has no reference answer); it is asked for audit rollouts that
-    the rule would have ended.
+    the rule would have ended. `reasons` are the rule's.
 
     "ruled" are the rollouts outside the audit group; "audit_cut" those inside that the rule would have ended, with
     "audit_cut_tokens" the tokens that it would have saved there.
     """
-    sums = dict.fromkeys(_KEYS, 0.0)
+    sums = dict.fromkeys([*_KEYS, *(f"stop/{reason}" for reason in (EOS, LENGTH, *reasons))], 0.0)
     sums["decoded"] = decoded_tokens
     for rollout in rollouts:
         length = len(rollout.response_ids)
@@ -41,7 +42,8 @@ def step_sums(
         sums["kept"] += rollout.kept
         sums["kl"] += sum(rollout.divergences)
         sums["scored"] += len(rollout.divergences)
-        sums[f"stop/{rollout.reason.value}"] += 1
+        assert f"stop/{rollout.reason}" in sums, f"a rollout ended by {rollout.reason!r}, which the rule does not name"
+        sums[f"stop/{rollout.reason}"] += 1
         group = "audit" if rollout.request.audit else "ruled"
         sums[group] += 1
         sums[f"{group}_tokens"] += length
@@ -51,8 +53,8 @@ def step_sums(
             sums["audit_cut_tokens"] += length - rollout.cut.at
             sums["audit_cut_graded"] += right is not None
             sums["audit_cut_correct"] += right is True
-    total = collective.sum(torch.tensor([sums[key] for key in _KEYS], dtype=torch.float64))
-    return dict(zip(_KEYS, total.tolist(), strict=True))
+    total = collective.sum(torch.tensor(list(sums.values()), dtype=torch.float64))
+    return dict(zip(sums, total.tolist(), strict=True))
 
 
 def add(total: Sums, sums: Sums) -> None:
@@ -88,7 +90,7 @@ def step_metrics(sums: Sums, graded: bool) -> dict[str, float]:
         "rollout/saved_fraction": saved_fraction(sums),
         "rollout/kl_mean": sums["kl"] / sums["scored"] if sums["scored"] else None,
         "kat/false_terminations": false_termination_share(sums, graded),
-        **{f"stop/{reason.value}": sums[f"stop/{reason.value}"] / sums["rollouts"] for reason in StopReason},
+        **{key: value / sums["rollouts"] for key, value in sums.items() if key.startswith("stop/")},
     }
     return {key: value for key, value in metrics.items() if value is not None}
 

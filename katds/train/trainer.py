@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from katds.core import lengths
 from katds.core.collective import Collective
 from katds.core.stop.base import StopRule
 from katds.core.types import Rollout
@@ -63,9 +64,12 @@ class Trainer:
             learned = self.learner.update(batch, requests, step)
         with self.monitor.phase("report"):
             self.rule.finish_step(self.collective, requests[0].id, len(requests))
-            sums = step_sums(batch.rollouts, self.engine.stats.decoded_tokens, self.correct, self.collective)
+            reasons, decoded = self.rule.reasons, self.engine.stats.decoded_tokens
+            sums = step_sums(batch.rollouts, decoded, self.correct, reasons, self.collective)
+            record = lengths.collect(batch.rollouts, requests, reasons, self.collective)
         metrics = {**step_metrics(sums, graded=self.correct is not None), **self.rule.metrics()}
         self.monitor.step(step, sums, metrics, learned, batch.rollouts)
+        self.monitor.lengths(step, record)
 
     def _evaluate(self, done: int) -> Mapping[str, float] | None:
         if self.evaluate is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from local_ranks import LocalRank, run_local
 
 from katds.core.collective import Solo
-from katds.core.stop.kat import KatRule, Source, WindowMeans
+from katds.core.stop.kat import KatRule, KatSettings, Source, Supervise, WindowMeans
 from katds.core.threshold import AdaptiveThreshold
 from katds.core.types import Cut, Prompt, RolloutRequest
 from katds.errors import DesyncError
@@ -32,19 +33,38 @@ def threshold_at(s: float | None) -> AdaptiveThreshold:
     return threshold
 
 
-def make(window: int, stride: int, persistence: int, min_kept: int, s: float | None, source: Source = "all") -> KatRule:
-    return KatRule(window, stride, persistence, min_kept, threshold_at(s), source)
+def make(
+    window: int,
+    stride: int,
+    persistence: int,
+    min_kept: int,
+    s: float | None,
+    source: Source = "all",
+    supervise: Supervise = "before",
+) -> KatRule:
+    return KatRule(window, stride, persistence, min_kept, threshold_at(s), source, supervise)
 
 
-def play(rule: KatRule, asked: RolloutRequest, d: Sequence[float], chunk: int = 16) -> Cut | None:
-    """One rollout from begin to end, as the engine would write it."""
+def look(rule: KatRule, asked: RolloutRequest, d: Sequence[float]) -> Cut | None:
+    return rule.observe(asked, [0] * len(d), d)
+
+
+def judge(
+    rule: KatRule, asked: RolloutRequest, d: Sequence[float], chunk: int = 16
+) -> tuple[Cut | None, tuple[int, int] | None]:
+    """Cut and hole of one rollout from begin to end, as the engine would write it."""
     rule.begin(asked)
     cut = None
     for start in range(0, len(d), chunk):
-        cut = rule.observe(asked, d[start : start + chunk]) or cut
+        cut = look(rule, asked, d[start : start + chunk]) or cut
         if cut is not None and not asked.audit:
             break
-    rule.end(asked, terminated=cut is not None and not asked.audit)
+    return cut, rule.end(asked, terminated=cut is not None and not asked.audit)
+
+
+def play(rule: KatRule, asked: RolloutRequest, d: Sequence[float], chunk: int = 16) -> Cut | None:
+    cut, hole = judge(rule, asked, d, chunk)
+    assert hole is None
     return cut
 
 
@@ -63,9 +83,22 @@ def oracle(
     z = [float(np.mean(np.array(d[t - window : t]))) for t in ends]
     low = [t - window >= min_kept and mean < s for t, mean in zip(ends, z, strict=True)]
     fired = [k for k in range(persistence - 1, len(ends)) if all(low[k - persistence + 1 : k + 1])]
-    cut = Cut(kept=ends[fired[0] - persistence + 1] - window, at=ends[fired[0]]) if fired else None
+    cut = Cut(kept=ends[fired[0] - persistence + 1] - window, at=ends[fired[0]], reason="kat") if fired else None
     seen = z if audit or cut is None else z[: fired[0] + 1]
     return cut, min(seen, default=None)
+
+
+def trap(
+    d: Sequence[float], window: int, stride: int, persistence: int, min_kept: int, s: float
+) -> tuple[int, int | None, int | None] | None:
+    """The first trap's tokens [from, to) straight from the definitions, and after how many tokens its end is seen."""
+    ends = [t for t in range(window, len(d) + 1) if (t - window) % stride == 0]
+    low = [t - window >= min_kept and float(np.mean(np.array(d[t - window : t]))) < s for t in ends]
+    first = next((k for k in range(len(ends)) if all(low[k : k + persistence]) and k + persistence <= len(ends)), None)
+    if first is None:
+        return None
+    over = next((k for k in range(first, len(ends)) if not low[k]), None)
+    return ends[first] - window, None if over is None else ends[over - 1], None if over is None else ends[over]
 
 
 # Eighths have exact sums and, for these windows, both sides divide the same number: ties with s are decided alike.
@@ -95,6 +128,61 @@ def test_cut_and_minimum_equal_the_oracle(
     assert play(rule, request(audit=audit), d, chunk) == cut
     assert recorded(rule) == ([] if minimum is None else [minimum])
     assert cut is None or min_kept <= cut.kept < cut.at <= len(d)
+
+
+@settings(max_examples=300)
+@given(d=st.one_of(NOISE, STRETCHES), chunk=st.integers(1, 40), **SETTINGS)
+def test_the_ablations_equal_the_oracle(
+    d: list[float], chunk: int, window: int, stride: int, persistence: int, min_kept: int, s: float, audit: bool
+) -> None:
+    """With the trap in the loss, and with all but the trap: cut, hole, and the minimum of what was written."""
+    found = trap(d, window, stride, persistence, min_kept, s)
+    shape = (window, stride, persistence, min_kept, s, "all")
+    start, stop, seen = found or (0, None, None)
+    expected = None if stop is None or seen is None else Cut(stop, seen, "kat")
+
+    rule = make(*shape, "agreement")
+    assert judge(rule, request(audit=audit), d, chunk) == (expected, None)
+    written = d if audit or seen is None else d[:seen]
+    means = [float(np.mean(np.array(written[t - window : t]))) for t in range(window, len(written) + 1, stride)]
+    assert recorded(rule) == ([min(means)] if means else [])
+
+    rule = make(*shape, "after")
+    hole = None if found is None else (start, len(d) if stop is None else stop)
+    assert judge(rule, request(audit=audit), d, chunk) == (None, hole)
+    means = [float(np.mean(np.array(d[t - window : t]))) for t in range(window, len(d) + 1, stride)]
+    assert recorded(rule) == ([min(means)] if means else []), "the queue is that of rollouts that nobody ends"
+
+
+def test_the_stages_of_a_trap_by_hand() -> None:
+    d = [1.0] * 20 + [0.0] * 15 + [1.0] * 15  # windows of 4 are low from token 21 to 35
+    for audit in (False, True):
+        told = {way: judge(make(4, 1, 4, 0, 0.25, "all", way), request(audit=audit), d) for way in get_args(Supervise)}
+        assert told == {
+            "before": (Cut(20, 27, "kat"), None),
+            "agreement": (Cut(35, 36, "kat"), None),
+            "after": (None, (20, 35)),
+        }
+    assert judge(make(4, 1, 4, 0, 0.25, "all", "after"), request(), d[:30]) == (None, (20, 30))
+    assert judge(make(4, 1, 4, 0, 0.25, "all", "agreement"), request(), d[:35]) == (None, None)
+
+
+def test_only_what_can_end_a_rollout_gives_a_reason() -> None:
+    assert {way: make(4, 1, 4, 0, None, "all", way).reasons for way in get_args(Supervise)} == {
+        "before": ("kat",), "agreement": ("kat",), "after": (),
+    }  # fmt: skip
+
+
+def test_the_soonest_end_is_checked() -> None:
+    """It takes a window more to see the end of a trap than to see its beginning."""
+    for way, soonest in (("before", 22), ("agreement", 24)):
+        kat = KatSettings(window=8, stride=2, persistence=4, min_kept=8, supervise=way)
+        kat.check(soonest, 1.0, 0.1)
+        with pytest.raises(ValueError, match=f"stop.kind kat needs {soonest} tokens"):
+            kat.check(soonest - 1, 1.0, 0.1)
+        with pytest.raises(ValueError, match="audit_fraction is 1"):
+            kat.check(100, 1.0, 1.0)
+    KatSettings(supervise="after").check(4096, 1.0, 1.0)  # ends nothing anyway
 
 
 @settings(max_examples=100)
@@ -135,18 +223,18 @@ def test_window_means_forget_large_values_and_ignore_chunks(
 def test_the_cut_is_the_first_token_of_the_first_low_window_of_the_run_that_fired() -> None:
     d = [1.0] * 10 + [0.0] * 5 + [1.0] * 5 + [0.0] * 20  # low from token 11 (too short), and from token 21
     rule = make(window=4, stride=1, persistence=4, min_kept=0, s=0.25)
-    assert play(rule, request(), d) == Cut(kept=20, at=27)
+    assert play(rule, request(), d) == Cut(20, 27, "kat")
 
 
 def test_a_trap_from_the_beginning_is_found_after_min_kept() -> None:
     rule = make(window=4, stride=2, persistence=3, min_kept=7, s=0.5)
-    assert play(rule, request(), [0.0] * 40) == Cut(kept=8, at=16)
+    assert play(rule, request(), [0.0] * 40) == Cut(8, 16, "kat")
 
 
 def test_a_window_at_the_threshold_is_not_low() -> None:
     d = [0.5] * 40
     assert play(make(4, 1, 2, 0, 0.5), request(), d) is None
-    assert play(make(4, 1, 2, 0, math.nextafter(0.5, 1)), request(), d) == Cut(0, 5)
+    assert play(make(4, 1, 2, 0, math.nextafter(0.5, 1)), request(), d) == Cut(0, 5, "kat")
 
 
 def test_nothing_is_cut_before_the_threshold_is_warm() -> None:
@@ -160,8 +248,8 @@ def test_the_verdict_comes_once_and_freezes_the_rollout() -> None:
     for audit, minimum in ((False, 0.5), (True, 0.0)):
         rule, asked = make(4, 1, 2, 0, 0.75), request(audit=audit)
         rule.begin(asked)
-        assert rule.observe(asked, d) == Cut(kept=7, at=12)
-        assert rule.observe(asked, [0.0] * 20) is None
+        assert look(rule, asked, d) == Cut(7, 12, "kat")
+        assert look(rule, asked, [0.0] * 20) is None
         rule.end(asked, terminated=not audit)
         assert recorded(rule) == [minimum]
 
@@ -175,7 +263,7 @@ def test_the_source_chooses_whose_minima_enter(source: Source, expected: list[fl
     cut = play(rule, request(1), [0.5] * 4 + [0.25] * 8)  # ended at once: 0.5
     play(rule, request(2, audit=True), [2.0] * 4 + [0.5] * 4 + [0.25] * 8)  # the whole rollout: 0.25
     play(rule, request(3, audit=True), [1.0] * 3)  # shorter than a window: undefined
-    assert cut == Cut(0, 4)
+    assert cut == Cut(0, 4, "kat")
     assert recorded(rule, 4) == expected  # in the order of ids
     assert rule.metrics()["kat/min_window"] == pytest.approx(sum(expected) / len(expected))
 
@@ -262,7 +350,7 @@ def test_open_or_foreign_rollouts_are_noticed() -> None:
         rule.finish_step(Solo(), 0, 1)
     with pytest.raises(AssertionError, match="between steps"):
         rule.state_dict()
-    rule.observe(request(0), [1.0, 1.0])
+    look(rule, request(0), [1.0, 1.0])
     rule.end(request(0), terminated=False)
     with pytest.raises(AssertionError, match="not of this step"):
         rule.finish_step(Solo(), 1, 1)

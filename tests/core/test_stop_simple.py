@@ -9,8 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from katds.core import counter
-from katds.core.stop.simple import NeverRule, PrefixRule, RandomRule
-from katds.core.types import Cut, Prompt, RolloutRequest, StopReason
+from katds.core.collective import Solo
+from katds.core.stop.base import RunFacts, StopRule
+from katds.core.stop.simple import NeverRule, PrefixRule, PrefixSettings, RandomRule
+from katds.core.types import Cut, Prompt, RolloutRequest
 
 PROMPT = Prompt(index=0, token_ids=(1,))
 
@@ -19,31 +21,69 @@ def request(id: int = 0, audit: bool = False, max_new_tokens: int = 100) -> Roll
     return RolloutRequest(id=id, prompt=PROMPT, max_new_tokens=max_new_tokens, audit=audit)
 
 
-def cuts(rule: NeverRule, asked: RolloutRequest, chunks: list[int]) -> list[Cut | None]:
+def cuts(rule: StopRule, asked: RolloutRequest, chunks: list[int]) -> list[Cut | None]:
     rule.begin(asked)
-    verdicts = [rule.observe(asked, [0.0] * n) for n in chunks]
+    verdicts = [rule.observe(asked, [0] * n, [0.0] * n) for n in chunks]
     rule.end(asked, terminated=False)
     return verdicts
 
 
 def test_never_cuts_nothing_and_gives_no_reason() -> None:
     assert cuts(NeverRule(), request(), [50, 50]) == [None, None]
-    assert NeverRule.reason is None
+    assert NeverRule.reasons == ()
 
 
 @given(st.integers(1, 60), st.lists(st.integers(0, 30), max_size=8), st.booleans())
 def test_prefix_cuts_once_in_the_chunk_that_reaches_it(tokens: int, chunks: list[int], audit: bool) -> None:
     verdicts = cuts(PrefixRule(tokens), request(audit=audit, max_new_tokens=61), chunks)
     made = [v for v in verdicts if v is not None]
-    assert made == ([Cut(tokens, tokens)] if sum(chunks) >= tokens else [])
+    assert made == ([Cut(tokens, tokens, "prefix")] if sum(chunks) >= tokens else [])
     if made:
         i = verdicts.index(made[0])
         assert sum(chunks[:i]) < tokens <= sum(chunks[: i + 1])
 
 
-@pytest.mark.parametrize(("tokens", "expected"), [(99, Cut(99, 99)), (100, None), (101, None)])
+@pytest.mark.parametrize(("tokens", "expected"), [(99, Cut(99, 99, "prefix")), (100, None), (101, None)])
 def test_a_rollout_that_ends_there_anyway_is_not_cut(tokens: int, expected: Cut | None) -> None:
     assert cuts(PrefixRule(tokens), request(max_new_tokens=100), [100]) == [expected]
+
+
+@given(st.integers(1, 300), st.data(), st.integers(1, 40))
+def test_a_growing_prefix_is_a_line_over_the_run(tokens: int, data: st.DataObject, steps: int) -> None:
+    first = data.draw(st.integers(1, tokens))
+    settings = PrefixSettings(tokens=tokens, grow_from=first)
+    rule = PrefixRule.from_settings(settings, RunFacts(0, steps, 8, 1, 0.0))
+    lengths = []
+    for _ in range(steps):
+        lengths.append(rule.length(request()))
+        rule.finish_step(Solo(), 0, 8)
+    assert lengths[0] == first and (steps == 1 or lengths[-1] == tokens)
+    for step, length in enumerate(lengths):
+        line = first + (tokens - first) * step / max(steps - 1, 1)
+        assert line - 1 < length <= line
+
+
+def test_a_prefix_does_not_grow_unless_asked() -> None:
+    rule = PrefixRule.from_settings(PrefixSettings(tokens=9), RunFacts(0, 5, 8, 1, 0.0))
+    for _ in range(5):
+        assert rule.length(request()) == 9
+        rule.finish_step(Solo(), 0, 8)
+
+
+def test_a_resumed_prefix_has_the_length_of_its_step() -> None:
+    def made() -> PrefixRule:
+        return PrefixRule(50, grow_from=10, steps=5)
+
+    rule, resumed = made(), made()
+    for _ in range(3):
+        rule.finish_step(Solo(), 0, 8)
+    resumed.load_state_dict(rule.state_dict())
+    assert cuts(resumed, request(), [100]) == cuts(rule, request(), [100]) == [Cut(40, 40, "prefix")]
+
+
+def test_a_prefix_that_would_shrink_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"stop.grow_from 9 is longer than stop.tokens 8"):
+        PrefixSettings(tokens=8, grow_from=9).check(100, 1.0, 0.0)
 
 
 def test_random_lengths_are_uniform_between_their_bounds() -> None:
@@ -76,8 +116,7 @@ def test_random_cuts_at_its_length() -> None:
     rule = RandomRule(seed=0, min_tokens=1, max_tokens=90)
     for id in range(20):
         n = rule.length(request(id))
-        assert cuts(rule, request(id), [n - 1, 1, 5]) == [None, Cut(n, n), None]
-    assert (PrefixRule.reason, RandomRule.reason) == (StopReason.PREFIX, StopReason.RANDOM)
+        assert cuts(rule, request(id), [n - 1, 1, 5]) == [None, Cut(n, n, "random"), None]
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 5), (6, 5)])

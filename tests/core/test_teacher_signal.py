@@ -20,6 +20,8 @@ FIELDS = {
     Need.TEACHER_TOP_K: {Field.TEACHER_TOP, Field.TEACHER_TOP_IDS},
     Need.ENTROPY: {Field.ENTROPY},
     Need.FULL: set(),
+    Need.WRITTEN: set(),  # the student knows these
+    Need.STUDENT_ENTROPY: set(),
 }
 SUBSETS = [frozenset(subset) for size in range(len(Need) + 1) for subset in itertools.combinations(Need, size)]
 

@@ -70,6 +70,7 @@ def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(base: Path, tmp_path: 
         assert json.loads(json.dumps(rank_again)) == {step: rank[step] for step in ("2", "3")}
     assert [timeless(r) for r in records(resumed)] == [timeless(r) for r in records(full)]
     assert_same_as_tensorboard(resumed)
+    assert (resumed / "lengths.jsonl").read_bytes() == (full / "lengths.jsonl").read_bytes()
     assert same(weights(resumed), weights(full))
     for file in sorted((full / "rollouts").iterdir()):
         assert (resumed / "rollouts" / file.name).read_bytes() == file.read_bytes()
@@ -171,6 +172,7 @@ CHANGES = [
     ("stop", {"window": 3}, "stop.window is 3"),
     ("objective", {"kind": "jsd"}, "objective.* is .*"),
     ("run", {"seed": 4}, "run.seed is 4"),
+    ("reward", {"function": "a:b"}, "reward.function is 'a:b'"),
     ("data", {"train": "eval.jsonl"}, r"data.train \(contents\)"),
     ("student", {"path": "other"}, r"student.path \(contents\)"),
     ("teacher", {"path": "other"}, r"teacher.path \(contents\)"),
@@ -195,8 +197,9 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     shutil.copy(root / "train.jsonl", root / "moved.jsonl")
     claim(recipe)
     made = Recipe.model_validate(recipe)
-    # As an older katds would have written it, for which other settings were not free.
-    mine = identity(made, read_inputs(made)) | {"rollout.weights": "view", "rollout.slots": 1, "evaluation.samples": 77}
+    # As an older katds would have written it, for which other settings were not free, and which knew no rewards.
+    known = {key: value for key, value in identity(made, read_inputs(made)).items() if not key.startswith("reward.")}
+    mine = known | {"rollout.weights": "view", "rollout.slots": 1, "evaluation.samples": 77}
     store(root / "runs" / "a" / "checkpoints", lambda: {"identity": mine}).save(2)
     return recipe | {"run": recipe["run"] | {"resume": True}}
 

@@ -16,7 +16,7 @@ from zoo import random_model
 from katds.core.collective import Collective, Solo
 from katds.core.divergences import top_k_tail_reverse_kl
 from katds.core.stop.base import StopRule
-from katds.core.stop.kat import KatRule, Source
+from katds.core.stop.kat import KatRule, Source, Supervise
 from katds.core.stop.simple import NeverRule
 from katds.core.threshold import AdaptiveThreshold
 from katds.core.types import Need, Prompt, Rollout, RolloutBatch, RolloutRequest
@@ -87,7 +87,7 @@ def engine(
     }  # fmt: skip
     return RolloutEngine(
         Resident(pair.student),
-        lambda: nullcontext(teacher or pair.teacher),
+        [lambda: nullcontext(teacher or pair.teacher)],
         rule or NeverRule(),
         needs,
         collective or Solo(),
@@ -111,9 +111,9 @@ def mixed_requests(first_id: int = 40, samples: int = 3, audit_every: int = 0) -
     ]
 
 
-def kat(threshold: float | None, source: Source = "all") -> KatRule:
+def kat(threshold: float | None, source: Source = "all", supervise: Supervise = "before") -> KatRule:
     """A warm rule for short rollouts; with None it measures and never fires."""
-    rule = KatRule(4, 2, 2, 3, AdaptiveThreshold(0.1, 4096, 4, 1), source)
+    rule = KatRule(4, 2, 2, 3, AdaptiveThreshold(0.1, 4096, 4, 1), source, supervise)
     rule.load_state_dict({"steps": 9, "minima": [], "value": threshold})
     return rule
 
@@ -129,7 +129,7 @@ def firing_threshold(rollouts: Sequence[Rollout]) -> float:
 
 def facts(batch: RolloutBatch) -> list[tuple[Any, ...]]:
     """All that must not depend on how the rollouts were written; divergences come extra, they are only as exact as float32."""
-    return [(r.id, tuple(r.response_ids), r.kept, r.reason, r.cut) for r in batch.rollouts]
+    return [(r.id, tuple(r.response_ids), r.kept, r.reason, r.cut, r.hole) for r in batch.rollouts]
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from rollout_setup import VOCABULARY, Models, engine, facts, kat, prompts
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen3ForCausalLM
 from zoo import random_model
 
-from katds.core.types import Need, RolloutBatch, RolloutRequest, StopReason
+from katds.core.types import LENGTH, Need, RolloutBatch, RolloutRequest
 from katds.models.causal import FlatCausalLM, linear
 from katds.models.graph_step import GraphStep, StaticStep
 from katds.models.plans import PackedPlan
@@ -62,7 +62,7 @@ def test_rollouts_fill_the_whole_context(
     assert max(len(r.request.prompt.token_ids) + len(r.response_ids) for r in expected.rollouts) == CONTEXT
     monkeypatch.setattr(StepMaker, "_step", lambda self, model, cache: way(model, cache))
     batch = write(CONTEXT, device, slots=slots, chunk_tokens=CHUNK, overlap=overlap)
-    assert {rollout.reason for rollout in batch.rollouts} == {StopReason.LENGTH}
+    assert {rollout.reason for rollout in batch.rollouts} == {LENGTH}
     assert facts(batch) == facts(expected)
     for rollout, other in zip(batch.rollouts, expected.rollouts, strict=True):
         assert rollout.divergences == pytest.approx(other.divergences, abs=1e-5)

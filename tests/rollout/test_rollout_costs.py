@@ -177,7 +177,7 @@ def test_no_requests_no_rounds() -> None:
 def without_teacher(rule: Any, needs: frozenset[Need]) -> RolloutEngine:
     settings = EngineSettings(4, 5, (), Sampling(), 6, 7, torch.device("cpu"))
     student = Resident(models().student)
-    return RolloutEngine(student, None, rule, needs, Solo(), settings, lambda name: nullcontext())
+    return RolloutEngine(student, (), rule, needs, Solo(), settings, lambda name: nullcontext())
 
 
 def test_an_engine_without_a_teacher_writes_the_same_but_promises_no_scores() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from rollout_setup import VOCABULARY, Models, engine, models, prompts
 
-from katds.core.types import RolloutRequest, StopReason
+from katds.core.types import EOS, LENGTH, RolloutRequest
 from katds.rollout.sampling import Sampling
 
 LENGTHS, NEW = [6, 1, 9, 2, 14, 3, 5], 22
@@ -35,5 +35,5 @@ def test_greedy_rollouts_equal_transformers_generate(tied: bool) -> None:
             pair, slots=slots, chunk_tokens=chunk, eos_ids=tuple(eos), sampling=Sampling(temperature=0.0)
         ).generate(requests, 0).rollouts  # fmt: skip
         assert [r.response_ids for r in rollouts] == expected
-        assert [r.reason is StopReason.EOS for r in rollouts] == [ids[-1] in eos for ids in expected]
-        assert {r.reason for r in rollouts} == {StopReason.EOS, StopReason.LENGTH}
+        assert [r.reason == EOS for r in rollouts] == [ids[-1] in eos for ids in expected]
+        assert {r.reason for r in rollouts} == {EOS, LENGTH}

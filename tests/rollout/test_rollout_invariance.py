@@ -22,8 +22,10 @@ from zoo import deepspeed_json
 
 from katds.core.collective import Collective, Solo
 from katds.core.stop.base import StopRule
+from katds.core.stop.first_of import FirstOfRule
+from katds.core.stop.repetition import RepetitionRule
 from katds.core.stop.simple import NeverRule, PrefixRule, RandomRule
-from katds.core.types import Need, Rollout, RolloutBatch, RolloutRequest, StopReason
+from katds.core.types import Need, Rollout, RolloutBatch, RolloutRequest
 from katds.models.causal import FlatCausalLM
 from katds.parallel.world import ProcessCollective, start_world
 from katds.parallel.zero import load_frozen
@@ -52,20 +54,26 @@ def assert_same(batch: RolloutBatch, expected: RolloutBatch) -> None:
 
 RULES: dict[str, Callable[[float], StopRule]] = {
     "kat": kat,
+    "kat agreement": lambda threshold: kat(threshold, supervise="agreement"),
+    "kat after": lambda threshold: kat(threshold, supervise="after"),
     "never": lambda _: NeverRule(),
     "prefix": lambda _: PrefixRule(7),
     "random": lambda _: RandomRule(5, 2, 18),
+    "repetition": lambda _: RepetitionRule(3, 2, 2),
+    "first_of": lambda threshold: FirstOfRule([RepetitionRule(3, 2, 4), kat(threshold), PrefixRule(10)]),
 }
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), FILTERED], ids=["plain", "filtered"])
-@pytest.mark.parametrize("kind", RULES)
+@pytest.mark.parametrize(
+    ("kind", "sampling"),
+    [*((kind, Sampling()) for kind in RULES), *((kind, FILTERED) for kind in ("kat", "never", "first_of"))],
+)
 def test_any_slots_and_chunks_give_the_same_rollouts(kind: str, sampling: Sampling) -> None:
     requests = mixed_requests(audit_every=4)
     threshold = trap_threshold(requests, sampling=sampling)
     expected = write(RULES[kind](threshold), requests, slots=15, chunk_tokens=5, sampling=sampling)
-    reasons = {r.reason for r in expected.rollouts}
-    assert reasons == {StopReason.EOS, StopReason.LENGTH} | ({StopReason(kind)} if kind != "never" else set())
+    assert {r.reason for r in expected.rollouts} == {"eos", "length", *RULES[kind](threshold).reasons}
+    assert any(r.hole for r in expected.rollouts) == (kind == "kat after")
     for slots, chunk in SHAPES:
         for overlap in (False, True):
             sizes = {"slots": slots, "chunk_tokens": chunk, "overlap": overlap}
@@ -99,7 +107,7 @@ def test_audit_rollouts_run_on_and_keep_what_the_rule_would_have_kept(chunk: int
             assert facts(RolloutBatch([terminated], {})) == facts(RolloutBatch([free], {}))
             continue
         cuts += 1
-        assert terminated.reason is StopReason.KAT and terminated.kept == terminated.cut.kept
+        assert terminated.reason == "kat" and terminated.kept == terminated.cut.kept
         assert terminated.response_ids == free.response_ids[: terminated.cut.at]
         assert len(terminated.divergences) == terminated.cut.at > terminated.kept
     assert 3 <= cuts <= 12
@@ -112,7 +120,7 @@ def test_a_natural_end_at_the_very_token_of_the_cut_is_a_natural_end(chunk: int,
     threshold = trap_threshold(requests, eos_ids=())
     cuts = [r for r in write(kat(threshold), requests, eos_ids=()).rollouts if r.cut is not None]
     assert len(cuts) >= 3
-    for room, reason in ((0, StopReason.LENGTH), (1, None)):
+    for room, reason in ((0, "length"), (1, None)):
         short = [replace(r.request, max_new_tokens=r.cut.at + room, audit=audit) for r in cuts]
         for rollout, cut in zip(
             write(kat(threshold), short, chunk_tokens=chunk, eos_ids=()).rollouts, cuts, strict=True
@@ -126,7 +134,7 @@ def test_a_natural_end_at_the_very_token_of_the_cut_is_a_natural_end(chunk: int,
     for end in ends:
         again = replace(end.request, audit=audit)
         (rollout,) = write(kat(threshold), [again], chunk_tokens=chunk, eos_ids=(end.response_ids[-1],)).rollouts
-        assert (rollout.reason, rollout.cut, rollout.kept) == (StopReason.EOS, None, end.cut.at)
+        assert (rollout.reason, rollout.cut, rollout.kept) == ("eos", None, end.cut.at)
 
 
 def _two_steps(pair: Models, collective: Collective) -> list[tuple[Any, ...]]:
@@ -157,7 +165,7 @@ def _ranks_two_steps(pair: Models) -> list[tuple[Any, ...]]:
 def test_any_world_size_gives_the_same_rollouts(size: int) -> None:
     pair = models()
     expected = _two_steps(pair, Solo())
-    assert StopReason.KAT in {fact[3] for fact, _, _ in expected[1][0]}, "the second step has no rollout that KAT ends"
+    assert "kat" in {fact[3] for fact, _, _ in expected[1][0]}, "the second step has no rollout that KAT ends"
     for (rows, metrics, _), *ranks in zip(expected, *run_ranks(size, _ranks_two_steps, pair), strict=True):
         assert len({(tuple(rank[1].items()), rank[2]) for rank in ranks}) == 1, "ranks disagree on metrics or rounds"
         assert ranks[0][1] == pytest.approx(metrics, abs=1e-5)

@@ -21,7 +21,7 @@ from rollout_setup import (
 
 from katds.core import counter
 from katds.core.divergences import entropy, reverse_kl
-from katds.core.types import Field, Need, Rollout, RolloutBatch, StopReason
+from katds.core.types import Field, Need, Rollout, RolloutBatch
 from katds.rollout.sampling import Sampling, sample_step
 
 ALL = frozenset(Need)
@@ -35,7 +35,7 @@ def batch_with_traps(pair: Models, **settings: object) -> RolloutBatch:
     measured = engine(pair, kat(None), sampling=WARM).generate(requests, 2).rollouts
     rule = kat(firing_threshold(measured))
     batch = engine(pair, rule, ALL, sampling=WARM, eos_ids=(5, 23), **settings).generate(requests, 2)
-    assert {r.reason for r in batch.rollouts} == {StopReason.KAT, StopReason.LENGTH, StopReason.EOS}
+    assert {r.reason for r in batch.rollouts} == {"kat", "length", "eos"}
     return batch
 
 

@@ -7,15 +7,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import MethodType, SimpleNamespace
-from typing import Any
+from types import MethodType
+from typing import Any, NamedTuple
 
 import torch
+from formulas import Moment, Tokens, step_losses
 from transformers import AutoModelForCausalLM
 
 from katds.core.collective import Collective
 from katds.core.objectives import OBJECTIVES
-from katds.core.types import Field, Need, Prompt, Rollout, RolloutBatch, RolloutRequest, StopReason
+from katds.core.types import LENGTH, Field, Need, Prompt, Rollout, RolloutBatch, RolloutRequest
 from katds.models.attention import NAME
 from katds.models.causal import FlatCausalLM
 from katds.train.learner import Learner
@@ -23,6 +24,9 @@ from katds.train.learner import Learner
 VOCABULARY = 65  # tokens of zoo.tokenizer(); heads may be padded beyond
 TOP_K = 8
 TEMPERATURE = 0.7
+# By how much log p has risen since a token was written: on both sides of both bounds of the clip, log 0.8 and log 1.28, and farther from
+# them than a bf16 model errs.
+MOVED = torch.tensor([0.0, 0.1, -0.1, 0.6, -0.6], dtype=torch.float64)
 OBJECTIVE_SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "reverse_kl": ("reverse_kl", {"support": "student_top_k"}),
     "reverse_kl_full": ("reverse_kl", {"support": "full"}),
@@ -30,13 +34,22 @@ OBJECTIVE_SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "forward_kl_full": ("forward_kl", {"support": "full"}),
     "jsd": ("jsd", {"beta": 0.3}),
     "policy_gradient": ("policy_gradient", {}),
+    "policy_gradient_clipped": ("policy_gradient", {"importance_weight": "clipped"}),
+    "tropd": ("tropd", {}),
+    "tropd_clip": ("tropd", {"outliers": "clip"}),
+    "eopd": ("eopd", {}),
+    "reopold_first": ("reopold", {"switch": 1.0}),
+    "reopold_second": ("reopold", {"switch": 0.0}),
+    "iw_opd": ("iw_opd", {}),
 }
+SAMPLED = tuple(OBJECTIVE_SETTINGS)[5:]  # whose loss is no divergence
+PUBLISHED = SAMPLED[1:]  # whose formula is in tests/core/formulas.py
 assert {kind for kind, _ in OBJECTIVE_SETTINGS.values()} == set(OBJECTIVES), "an objective is not tested"
 
 
 def objective(name: str) -> Any:
     kind, settings = OBJECTIVE_SETTINGS[name]
-    return OBJECTIVES[kind].from_settings(SimpleNamespace(**settings))
+    return OBJECTIVES[kind].from_settings(OBJECTIVES[kind].Settings(**settings))
 
 
 def plain(path: Path, dtype: torch.dtype = torch.float64) -> Any:
@@ -54,13 +67,16 @@ def _norm(self: Any, hidden: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class Scored:
-    """A step's rollouts and, per rollout, the teacher's log-probabilities, hidden states and the student's top ids."""
+    """A step's rollouts and, per rollout, the teacher's log-probabilities, hidden states, the student's top ids, and its
+    log-probabilities and entropies when it wrote: it has moved since."""
 
     requests: list[RolloutRequest]
     rollouts: list[Rollout]
     student_ids: list[torch.Tensor]
     teacher: list[torch.Tensor]
     hidden: list[torch.Tensor]
+    written: list[torch.Tensor]
+    entropies: list[torch.Tensor]
 
     def batch(self, mine: Callable[[int], bool], needs: frozenset[Need], dtype: torch.dtype) -> RolloutBatch:
         """What the engine would hand to the rank that wrote the rollouts i with mine(i); any order of rollouts."""
@@ -77,32 +93,43 @@ class Scored:
         actions = torch.tensor(self.rollouts[i].response_ids[:kept], dtype=torch.int64)
         top = logprobs.topk(TOP_K, -1)
         signal = {}
+        wide = torch.promote_types(dtype, torch.float32)  # of scores, whatever the models' type
         if Need.SAMPLED in needs:
-            signal[Field.SAMPLED] = logprobs.gather(-1, actions[:, None])[:, 0].to(dtype)
+            signal[Field.SAMPLED] = logprobs.gather(-1, actions[:, None])[:, 0].to(wide)
         if Need.STUDENT_TOP_K in needs:
-            signal |= {Field.STUDENT_TOP_IDS: ids.int(), Field.STUDENT_TOP: logprobs.gather(-1, ids).to(dtype)}
+            signal |= {Field.STUDENT_TOP_IDS: ids.int(), Field.STUDENT_TOP: logprobs.gather(-1, ids).to(wide)}
         if Need.TEACHER_TOP_K in needs:
-            signal |= {Field.TEACHER_TOP_IDS: top.indices.int(), Field.TEACHER_TOP: top.values.to(dtype)}
+            signal |= {Field.TEACHER_TOP_IDS: top.indices.int(), Field.TEACHER_TOP: top.values.to(wide)}
         if Need.FULL in needs:
             signal[Field.HIDDEN] = self.hidden[i][:kept].to(dtype)
+        if Need.ENTROPY in needs:
+            signal[Field.ENTROPY] = -(logprobs.exp() * logprobs).sum(-1).to(wide)
+        if Need.WRITTEN in needs:
+            signal[Field.WRITTEN] = self.written[i][:kept].to(wide)
+        if Need.STUDENT_ENTROPY in needs:
+            signal[Field.STUDENT_ENTROPY] = self.entropies[i][:kept]
         return signal
 
 
 def scored(student: Any, teacher: Any, kept: list[int], seed: int = 0) -> Scored:
     """Random prompts and responses; `kept[i]` tokens of rollout i are learnt from, a few more were written."""
     draw = torch.Generator().manual_seed(seed)
-    result = Scored([], [], [], [], [])
+    result = Scored([], [], [], [], [], [], [])
     for i, count in enumerate(kept):
         words = torch.randint(4, VOCABULARY, (1 + i % 5 + count + i % 3,), generator=draw).tolist()
         prompt, response = words[: 1 + i % 5], words[1 + i % 5 :]
         request = RolloutRequest(100 + i, Prompt(i, tuple(prompt)), 1000)
         result.requests.append(request)
-        result.rollouts.append(Rollout(request, response, count, StopReason.LENGTH))
+        result.rollouts.append(Rollout(request, response, count, LENGTH))
         with torch.no_grad():
             logprobs, hidden = _responses(teacher, prompt, response)
             result.teacher.append(logprobs)
             result.hidden.append(hidden)
-            result.student_ids.append(_responses(student, prompt, response)[0].topk(TOP_K, -1).indices)
+            own, _ = _responses(student, prompt, response)
+        result.student_ids.append(own.topk(TOP_K, -1).indices)
+        moved = MOVED[torch.randint(len(MOVED), (len(response),), generator=draw)]
+        result.written.append(own.gather(-1, torch.tensor(response)[:, None])[:, 0] - moved)
+        result.entropies.append(-(own.exp() * own).sum(-1).float())
     return result
 
 
@@ -111,6 +138,14 @@ def _responses(model: Any, prompt: list[int], response: list[int]) -> tuple[torc
     out = model(torch.tensor([prompt + response]), output_hidden_states=True)
     rows = slice(len(prompt) - 1, len(prompt) + len(response) - 1)
     return torch.log_softmax(out.logits[0, rows, :VOCABULARY] / TEMPERATURE, -1), out.hidden_states[-1][0, rows]
+
+
+class Reference(NamedTuple):
+    """What an update has to be: gradient by parameter, mean loss, tokens learnt from."""
+
+    gradient: dict[str, torch.Tensor]
+    loss: float
+    tokens: int
 
 
 def _bucketed(logprobs: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -142,24 +177,29 @@ def _token_losses(
     return -(other - own).detach() * own
 
 
-def reference_gradient(
-    name: str, student: Any, data: Scored, chosen: list[int]
-) -> tuple[dict[str, torch.Tensor], float]:
-    """Autograd of (sum of token losses of the chosen rollouts) / (their kept tokens); the mean loss."""
+def reference_gradient(name: str, student: Any, data: Scored, chosen: list[int]) -> Reference:
+    """Autograd of (sum of token losses of the chosen rollouts) / (their learnt tokens)."""
     student.zero_grad()
-    total, tokens = torch.zeros((), dtype=torch.float64), 0
+    kind, settings = OBJECTIVE_SETTINGS[name]
+    rollouts, ids = [], []
     for i in chosen:
-        rollout = data.rollouts[i]
-        if rollout.kept == 0:
+        kept = data.rollouts[i].kept
+        if kept == 0:
             continue
-        response = rollout.response_ids[: rollout.kept]
-        p, _ = _responses(student, list(rollout.request.prompt.token_ids), response)
-        losses = _token_losses(
-            name, p, data.teacher[i][: rollout.kept], data.student_ids[i][: rollout.kept], torch.tensor(response)
-        )
-        total, tokens = total + losses.sum(), tokens + rollout.kept
+        request, response = data.requests[i], data.rollouts[i].response_ids[:kept]
+        p, _ = _responses(student, list(request.prompt.token_ids), response)
+        known = (data.written[i][:kept], data.entropies[i][:kept])
+        rollouts.append(Tokens(request.id, p, data.teacher[i][:kept], torch.tensor(response), *known))
+        ids.append(data.student_ids[i][:kept])
+    if name not in PUBLISHED:
+        losses = [_token_losses(name, r.p, r.q, top, r.actions) for r, top in zip(rollouts, ids, strict=True)]
+    else:
+        step = step_losses(kind, OBJECTIVES[kind].Settings(**settings), rollouts, Moment(0, 1, 0), TOP_K)
+        losses = [loss[learned] for loss, learned in step]
+    total, tokens = torch.stack([loss.sum() for loss in losses]).sum(), sum(len(loss) for loss in losses)
     (total / tokens).backward()
-    return {key: value.grad.clone() for key, value in student.named_parameters()}, float(total.detach()) / tokens
+    gradient = {key: value.grad.clone() for key, value in student.named_parameters()}
+    return Reference(gradient, float(total.detach()) / tokens, tokens)
 
 
 class PlainStudent:

@@ -15,8 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from local_ranks import run_local
 
+from katds.core import lengths
 from katds.core.collective import Solo
-from katds.core.types import Cut, Prompt, Rollout, RolloutRequest, StopReason
+from katds.core.lengths import StepLengths
+from katds.core.types import EOS, LENGTH, Cut, Prompt, Rollout, RolloutRequest
 from katds.errors import TrainingError
 from katds.train import statistics
 from katds.train.clock import Clock
@@ -73,21 +75,19 @@ def test_clock_names_nested_phases_by_their_path() -> None:
     assert set(clock.take()) == {"learn"}
 
 
-def rollout(
-    i: int, length: int, reason: StopReason = StopReason.LENGTH, audit: bool = False, cut: Cut | None = None
-) -> Rollout:
+def rollout(i: int, length: int, reason: str = LENGTH, audit: bool = False, cut: Cut | None = None) -> Rollout:
     kept = cut.kept if cut else length
     request = RolloutRequest(i, Prompt(i, (5, 6)), 100, audit)
     return Rollout(request, [7] * length, kept, reason, cut, [0.5] * length)
 
 
-EOS, KAT, LENGTH = StopReason.EOS, StopReason.KAT, StopReason.LENGTH
+REASONS = ("kat", "loop")
 ROLLOUTS = [
-    rollout(0, 10, KAT, cut=Cut(4, 10)),
-    rollout(1, 30, KAT, cut=Cut(20, 30)),
+    rollout(0, 10, "kat", cut=Cut(4, 10, "kat")),
+    rollout(1, 30, "kat", cut=Cut(20, 30, "kat")),
     rollout(2, 20, EOS),
-    rollout(3, 100, LENGTH, audit=True, cut=Cut(40, 60)),  # right; the rule would have saved 40
-    rollout(4, 50, EOS, audit=True, cut=Cut(10, 20)),  # wrong; would have saved 30
+    rollout(3, 100, LENGTH, audit=True, cut=Cut(40, 60, "kat")),  # right; the rule would have saved 40
+    rollout(4, 50, EOS, audit=True, cut=Cut(10, 20, "kat")),  # wrong; would have saved 30
     rollout(5, 30, EOS, audit=True),  # right; not cut
 ]
 
@@ -98,29 +98,28 @@ def correct(of: Rollout) -> bool:
 
 
 def test_sums_by_hand_on_any_ranks() -> None:
-    alone = statistics.step_sums(ROLLOUTS, 250, correct, Solo())
+    alone = statistics.step_sums(ROLLOUTS, 250, correct, REASONS, Solo())
     assert alone == {
         "rollouts": 6, "tokens": 240, "kept": 4 + 20 + 20 + 40 + 10 + 30, "kl": 120.0, "scored": 240, "decoded": 250,
         "ruled": 3, "ruled_tokens": 60, "audit": 3, "audit_tokens": 180, "audit_cut": 2, "audit_cut_tokens": 70,
-        "audit_cut_graded": 2, "audit_cut_correct": 1, "stop/eos": 3, "stop/length": 1, "stop/kat": 2, "stop/prefix": 0,
-        "stop/random": 0,
+        "audit_cut_graded": 2, "audit_cut_correct": 1, "stop/eos": 3, "stop/length": 1, "stop/kat": 2, "stop/loop": 0,
     }  # fmt: skip
     shared = run_local(
-        3, lambda rank: statistics.step_sums(ROLLOUTS[rank.rank :: 3], [250, 0, 0][rank.rank], correct, rank)
+        3, lambda rank: statistics.step_sums(ROLLOUTS[rank.rank :: 3], [250, 0, 0][rank.rank], correct, REASONS, rank)
     )
     assert shared == [alone] * 3
 
 
 def test_metrics_by_hand() -> None:
-    sums = statistics.step_sums(ROLLOUTS, 250, correct, Solo())
+    sums = statistics.step_sums(ROLLOUTS, 250, correct, REASONS, Solo())
     assert statistics.step_metrics(sums, graded=True) == pytest.approx({
         "rollout/length_mean": 40.0, "rollout/kept_mean": 124 / 6, "rollout/terminated_fraction": 2 / 6,
         "rollout/saved_fraction": 1 - 20 / 60, "rollout/kl_mean": 0.5, "kat/false_terminations": 0.5,
-        "stop/eos": 0.5, "stop/length": 1 / 6, "stop/kat": 2 / 6, "stop/prefix": 0.0, "stop/random": 0.0,
+        "stop/eos": 0.5, "stop/length": 1 / 6, "stop/kat": 2 / 6, "stop/loop": 0.0,
     })  # fmt: skip
     assert statistics.saved_fraction_paired(sums) == pytest.approx(70 / 180)
     assert "kat/false_terminations" not in statistics.step_metrics(sums, graded=False)
-    unscored = statistics.step_sums([Rollout(ROLLOUTS[2].request, [7] * 5, 5, EOS)], 5, None, Solo())
+    unscored = statistics.step_sums([Rollout(ROLLOUTS[2].request, [7] * 5, 5, EOS)], 5, None, (), Solo())
     assert (
         statistics.step_metrics(unscored, graded=True).keys()
         & {"rollout/kl_mean", "rollout/saved_fraction", "kat/false_terminations"}
@@ -147,7 +146,7 @@ def record(of: Monitor, step: int, learned: dict[str, float] = LEARNED, extra: d
     for phase in ("rollout", "learn"):
         with of.phase(phase):
             pass
-    sums = statistics.step_sums(ROLLOUTS, 250, correct, Solo())
+    sums = statistics.step_sums(ROLLOUTS, 250, correct, REASONS, Solo())
     of.step(step, sums, {**statistics.step_metrics(sums, True), **(extra or {})}, learned, ROLLOUTS)
 
 
@@ -202,10 +201,22 @@ def test_resume_drops_what_will_be_done_again(tmp_path: Path) -> None:
     assert file.read_text().splitlines() == lines, "the evaluation after two steps belongs to them"
 
 
+def test_the_record_of_lengths_is_resumed_and_is_of_rank_0(tmp_path: Path) -> None:
+    steps = [StepLengths([n, 9], [n - 1, 9], ["kat", EOS]) for n in range(3, 7)]
+    for start, done in ((0, 3), (2, 4)):  # killed in its fourth step, and resumed from two
+        of = monitor(tmp_path, start=start)
+        for step in range(start, done):
+            of.lengths(step, steps[step])
+        of.close()
+    assert lengths.read(tmp_path) == steps
+    Monitor(tmp_path / "none", False, 0, 5, str, 2).lengths(0, steps[0])
+    assert not (tmp_path / "none").exists()
+
+
 def test_summary_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     of = monitor(tmp_path)
     quiet = [rollout(i, 100, LENGTH, audit=i == 6) for i in (6, 7)]
-    of.step(0, statistics.step_sums(quiet, 200, correct_none, Solo()), {}, LEARNED, quiet)
+    of.step(0, statistics.step_sums(quiet, 200, correct_none, REASONS, Solo()), {}, LEARNED, quiet)
     record(of, 1, extra={"kat/threshold": 0.25})
     of.clock.take()
     of.seconds = {"rollout": 6.0, "learn": 3.0, "report": 1.0, "evaluation": 50.0, "rollout/decode": 4.0}
@@ -260,7 +271,7 @@ def test_summary_of_a_run_without_audit_evaluation_or_threshold(
     plain = [rollout(0, 8, EOS)]
     with of.phase("rollout"):
         pass
-    of.step(0, statistics.step_sums(plain, 8, None, Solo()), {}, LEARNED, plain)
+    of.step(0, statistics.step_sums(plain, 8, None, (), Solo()), {}, LEARNED, plain)
     of.close()
     summary = summarise(
         of, steps=1, ranks=1, graded=False, peak_bytes=1, before=None, after=None, device=torch.device("cpu")

@@ -43,7 +43,7 @@ def distil(root: Path, out: Path) -> list[Any]:
     teacher = load_frozen(root / "teacher", deepspeed_json(), VOCABULARY)
     objective, clock = ReverseKl("full"), lambda _: nullcontext()
     settings = EngineSettings(2, 7, (1,), Sampling(), 0, 0, world.device)
-    engine = RolloutEngine(student, teacher.reading, NeverRule(), objective.needs, world.collective, settings, clock)
+    engine = RolloutEngine(student, [teacher.reading], NeverRule(), objective.needs, world.collective, settings, clock)
     learner = Learner(
         student, teacher, objective, world.collective, steps=STEPS, seed=0, lr=RATES.__getitem__, temperature=1.0, minibatches=1, budget=40,
         device=world.device, clock=clock,

@@ -13,7 +13,7 @@ from local_ranks import LocalRank, run_local
 from ranks import run_ranks
 
 from katds.core.packing import DEFAULT_ATTENTION_WEIGHT
-from katds.core.types import Field, Prompt, Rollout, RolloutBatch, RolloutRequest, StopReason
+from katds.core.types import LENGTH, Field, Prompt, Rollout, RolloutBatch, RolloutRequest
 from katds.parallel.world import start_world
 from katds.train.share import Share, deal, survey
 
@@ -36,7 +36,7 @@ def batch_of(
     for i in mine:
         _, kept, beyond, _ = shapes[i]
         ids = [token(i, t) for t in range(kept + beyond)]
-        rollouts.append(Rollout(requests[i], ids, kept, StopReason.LENGTH))
+        rollouts.append(Rollout(requests[i], ids, kept, LENGTH))
     rows = torch.tensor([t for r in rollouts for t in r.response_ids[: r.kept]], dtype=torch.int64)
     signal = {
         Field.SAMPLED: rows.float(),

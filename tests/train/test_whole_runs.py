@@ -86,8 +86,7 @@ def test_records_agree_with_the_rollouts(base: Path) -> None:
         assert record["rollout/kept_mean"] == pytest.approx(sum(kept for _, kept, _ in written) / PER_STEP)
         assert record["rollout/terminated_fraction"] == pytest.approx(reasons["kat"] / PER_STEP)
         assert {k: v for k, v in record.items() if k.startswith("stop/")} == {
-            f"stop/{reason}": pytest.approx(reasons[reason] / PER_STEP)
-            for reason in ("eos", "length", "kat", "prefix", "random")
+            f"stop/{reason}": pytest.approx(reasons[reason] / PER_STEP) for reason in ("eos", "length", "kat")
         }
     phases = ("rollout", "learn", "report")
     for record in steps:
@@ -137,7 +136,15 @@ def test_rollout_samples(base: Path) -> None:
 def test_run_folder_and_summary(base: Path) -> None:
     folder, ranks = full_run(base, 2)
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("events.out.tfevents"))
-    assert names == ["checkpoints", "config.yaml", "final", "metrics.jsonl", "rollouts", "summary.json"]
+    assert names == [
+        "checkpoints",
+        "config.yaml",
+        "final",
+        "lengths.jsonl",
+        "metrics.jsonl",
+        "rollouts",
+        "summary.json",
+    ]
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-2", "step-4"]
     recipe = yaml.safe_load((folder / "config.yaml").read_text())
     assert recipe["train"]["steps"] == 4 and recipe == yaml.safe_load(
@@ -210,7 +217,7 @@ def test_a_run_with_other_options(tmp_path: Path) -> None:
     steps = records(folder)
     assert [record["step"] for record in steps] == [0, 1]
     for record in steps:
-        assert 0.5 < record["stop/prefix"] <= 9 / 12 and record["stop/kat"] == record["stop/random"] == 0
+        assert 0.5 < record["stop/prefix"] <= 9 / 12 and "stop/kat" not in record
         assert record["stop/prefix"] + record["stop/eos"] + record["stop/length"] == pytest.approx(1)
         assert record["rollout/kept_mean"] <= 9 < record["rollout/length_mean"]  # the audit group is written out
         assert math.isfinite(record["loss/total"]) and record["train/gradient_norm"] > 0

@@ -29,7 +29,7 @@ def _on_rank(recipe: dict[str, Any]) -> dict[str, Any]:
     def step(self: Monitor, step: int, sums: Any, metrics: Any, learned: Any, samples: Any) -> None:
         seen[str(step)] = {
             "kat": {key: float(value).hex() for key, value in metrics.items() if key.startswith("kat/")},
-            "rollouts": {r.id: [r.response_ids, r.kept, r.reason.value] for r in samples},
+            "rollouts": {r.id: [r.response_ids, r.kept, r.reason] for r in samples},
         }
         record(self, step, sums, metrics, learned, samples)
 

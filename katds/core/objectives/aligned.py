@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from katds.core.divergences import entropy
+from katds.core.divergences import entropy, top_k_tail_forward_kl
 from katds.core.types import Field, Signal, require
 
 
@@ -28,6 +28,14 @@ def aligned(signal: Signal, key: Field, logprobs_TV: torch.Tensor) -> torch.Tens
 def gathered(logprobs_TV: torch.Tensor, ids_TK: torch.Tensor) -> torch.Tensor:
     """logprobs[t, ids[t, k]], [T, K]; ids of any integer type."""
     return logprobs_TV.gather(-1, ids_TK.long())
+
+
+def teacher_top_forward_kl(logprobs_TV: torch.Tensor, signal: Signal) -> torch.Tensor:
+    """KL(q || p) on the teacher's top K and a bucket with the rest of both, [T] nats. The sum over the top K alone would be biased and
+    shrink the mass there; none of the objectives has it."""
+    ids_TK = aligned(signal, Field.TEACHER_TOP_IDS, logprobs_TV)
+    teacher_TK = aligned(signal, Field.TEACHER_TOP, logprobs_TV)
+    return top_k_tail_forward_kl(gathered(logprobs_TV, ids_TK), teacher_TK)
 
 
 def sums(divergence_T: torch.Tensor, logprobs_TV: torch.Tensor) -> dict[str, torch.Tensor]:

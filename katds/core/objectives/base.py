@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self
 
@@ -24,9 +25,15 @@ class Progress:
 class ObjectiveSettings(Section):
     """Base of an objective's section of the recipe; subclasses declare `kind` and their settings."""
 
-    def check(self, filtered: bool, minibatches: int) -> None:
+    @property
+    def reads_whole_vocabulary(self) -> bool:
+        """Whether the objective needs `Need.FULL`, and with it the teacher's head."""
+        return False
+
+    def check(self, filtered: bool, minibatches: int, blended: bool = False) -> None:
         """Raises ValueError (field, value, remedy) where the objective would be wrong: `filtered` says that top-p, top-k or
-        min-p cut the sampling distribution, `minibatches` how many updates learn from one set of rollouts."""
+        min-p cut the sampling distribution, `minibatches` how many updates learn from one set of rollouts, `blended` that tokens
+        come from another distribution than the student's (section `behaviour`)."""
 
 
 class Objective(Protocol):
@@ -53,6 +60,10 @@ class Objective(Protocol):
         `Field.LEARNED` leaves tokens out of the loss, and of the count that it is divided by. A rank without rollouts
         returns the same fields with no rows.
         """
+        return {}
+
+    def metrics(self) -> Mapping[str, float]:
+        """Scalars of the last `prepare` for the monitor, identical on all ranks."""
         return {}
 
     def tile(self, logprobs_TV: torch.Tensor, actions_T: torch.Tensor, signal: Signal) -> dict[str, torch.Tensor]:

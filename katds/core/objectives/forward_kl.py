@@ -7,8 +7,8 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from pydantic import Field as Setting
 
-from katds.core.divergences import forward_kl, top_k_tail_forward_kl
-from katds.core.objectives.aligned import aligned, gathered, sums
+from katds.core.divergences import forward_kl
+from katds.core.objectives.aligned import aligned, sums, teacher_top_forward_kl
 from katds.core.objectives.base import Objective, ObjectiveSettings
 from katds.core.types import Field, Need, Signal
 
@@ -25,6 +25,10 @@ class ForwardKlSettings(ObjectiveSettings):
     support: Literal["teacher_top_k", "full"] = Setting(
         "teacher_top_k", description="teacher's top K plus a tail bucket, or the whole vocabulary"
     )
+
+    @property
+    def reads_whole_vocabulary(self) -> bool:
+        return self.support == "full"
 
 
 class ForwardKl(Objective):
@@ -55,7 +59,5 @@ class ForwardKl(Objective):
         if self.support == "full":
             divergence_T = forward_kl(logprobs_TV, aligned(signal, Field.TEACHER_LOGPROBS, logprobs_TV))
         else:
-            ids_TK = aligned(signal, Field.TEACHER_TOP_IDS, logprobs_TV)
-            teacher_TK = aligned(signal, Field.TEACHER_TOP, logprobs_TV)
-            divergence_T = top_k_tail_forward_kl(gathered(logprobs_TV, ids_TK), teacher_TK)
+            divergence_T = teacher_top_forward_kl(logprobs_TV, signal)
         return sums(divergence_T, logprobs_TV)

@@ -26,6 +26,10 @@ class ReverseKlSettings(ObjectiveSettings):
         "student_top_k", description="student's top K plus a tail bucket (published), or the whole vocabulary (exact)"
     )
 
+    @property
+    def reads_whole_vocabulary(self) -> bool:
+        return self.support == "full"
+
 
 class ReverseKl(Objective):
     """sum_t KL(p_t || q_t), differentiated through p: over the student's top K plus a tail bucket, or the vocabulary.

@@ -4,7 +4,7 @@ In the trap the student has drifted into an unrecoverable prefix, the teacher ag
 token, and nothing is learned. The detector sees it as several consecutive windows with a low mean divergence.
 
 Invariants:
-- Cuts and minima do not depend on how a rollout is split into chunks, to the last bit.
+- Cuts, holes and minima do not depend on how a rollout is split into chunks, to the last bit.
 - Every cut keeps at least `min_kept` tokens.
 - After `finish_step` all ranks hold the same threshold, whatever their number and whoever wrote which rollout.
 """
@@ -20,13 +20,14 @@ import torch
 from pydantic import Field
 
 from katds.core.collective import Collective
-from katds.core.stop.base import RunFacts, StopSettings
+from katds.core.stop.base import RunFacts, StopRule, StopSettings
 from katds.core.threshold import AdaptiveThreshold
-from katds.core.types import Cut, RolloutRequest, StopReason
+from katds.core.types import Cut, RolloutRequest
 from katds.errors import DesyncError
 from katds.settings import Count, Positive, Section
 
 Source = Literal["audit", "completed", "all"]
+Supervise = Literal["before", "agreement", "after"]
 REFILLS = 4  # so often must the audit group fill the queue in a run, or its minima are too old to be a threshold
 
 
@@ -54,7 +55,16 @@ class KatSettings(StopSettings):
     stride: Positive | None = Field(None, description="tokens between windows; default W/4")
     persistence: Positive = Field(4, description="T, consecutive low windows that end a rollout")
     min_kept: Count | None = Field(None, description="L0, no cut before this token; default 2W")
+    supervise: Supervise = Field(
+        "before",
+        description="the loss reads what precedes the trap (published); ablations: agreement adds the trap, and the rollout ends with "
+        "it; after reads all but the trap, and nothing is ended",
+    )
     threshold: ThresholdSettings = ThresholdSettings()
+
+    @property
+    def leaves_hole(self) -> bool:
+        return self.supervise == "after"
 
     @property
     def resolved_stride(self) -> int:
@@ -71,13 +81,13 @@ class KatSettings(StopSettings):
             raise ValueError(f"stop.window {self.window} is longer than {limit}; lower stop.window")
         if min_kept >= max_new_tokens:
             raise ValueError(f"stop.min_kept {min_kept} leaves nothing to cut below {limit}; lower stop.min_kept")
-        soonest = min_kept + self.window + (self.persistence - 1) * stride
+        soonest = min_kept + self.window + (self.persistence - 1 + (self.supervise == "agreement")) * stride
         if soonest > max_new_tokens:
             raise ValueError(
                 f"stop.kind kat needs {soonest} tokens to end a rollout (stop.min_kept + stop.window + (stop.persistence - 1) x "
                 f"stop.stride), more than {limit}; lower stop.window"
             )
-        if audit_fraction == 1:
+        if audit_fraction == 1 and self.supervise != "after":
             raise ValueError("rollout.audit_fraction is 1: no rollout could be ended; lower it")
         if stride > self.window:
             raise ValueError(
@@ -146,17 +156,22 @@ class WindowMeans:
 class _Track:
     """What the rule remembers of a rollout that is being written."""
 
-    __slots__ = ("cut", "low", "means", "minimum")
+    __slots__ = ("cut", "low", "means", "minimum", "trap")
 
     def __init__(self, means: WindowMeans) -> None:
         self.means = means
         self.low = 0  # consecutive low windows
         self.minimum = math.inf  # over the evaluated windows; inf: there was none
+        self.trap: tuple[int, int | None] | None = None  # its tokens [from, to), the end once it is known
         self.cut: Cut | None = None
 
 
-class KatRule:
+class KatRule(StopRule):
     """Ends a rollout at the `persistence`-th consecutive low window and keeps what precedes the first of them.
+
+    The paper's ablation by stages adds the agreement stage, or what comes after it, back to the loss (`supervise`). Where that
+    stage ends is [open]: here it is the tokens of all consecutive low windows of the run that fired; one that no window ends
+    lasts to the end of the rollout. A later trap of the same rollout is left in.
 
     Args:
         window: W, tokens per window.
@@ -166,19 +181,29 @@ class KatRule:
         threshold: s; a window is low if its mean is smaller. None: no window is.
         source: whose minima feed the threshold: `audit` rollouts only, `completed` (all that this rule did not end),
             or `all`.
+        supervise: what the loss reads: the tokens `before` the trap; these and its `agreement`: the rollout is ended at the first
+            window that is not low any more; or all but the trap, which becomes a hole (`after`): nothing is ended.
     """
 
     Settings: ClassVar[type[StopSettings]] = KatSettings
-    reason: StopReason | None = StopReason.KAT
+    reasons: tuple[str, ...] = ("kat",)
     needs_divergence = True
 
     def __init__(
-        self, window: int, stride: int, persistence: int, min_kept: int, threshold: AdaptiveThreshold, source: Source
+        self,
+        window: int,
+        stride: int,
+        persistence: int,
+        min_kept: int,
+        threshold: AdaptiveThreshold,
+        source: Source,
+        supervise: Supervise = "before",
     ) -> None:
         smallest = min(window, stride, persistence)
         assert smallest >= 1, f"window {window}, stride {stride}, persistence {persistence}: each is at least 1"
         assert min_kept >= 0, f"min_kept {min_kept} is negative"
         assert source in get_args(Source), f"threshold source {source!r} is none of {get_args(Source)}"
+        assert supervise in get_args(Supervise), f"supervise {supervise!r} is none of {get_args(Supervise)}"
         self._window = window
         self._stride = stride
         self._persistence = persistence
@@ -186,6 +211,9 @@ class KatRule:
         self._run_tokens = window + (persistence - 1) * stride  # from the first low window's start to the last's end
         self._threshold = threshold
         self._source = source
+        self._supervise = supervise
+        if supervise == "after":
+            self.reasons = ()
         self._tracks: dict[int, _Track] = {}
         self._minima: dict[int, float] = {}  # of this rank's admitted rollouts of the step, by rollout id
         self._pushed_mean: float | None = None
@@ -200,13 +228,13 @@ class KatRule:
         auto: Source = "audit" if audited >= REFILLS * queue.capacity else "completed"
         source = auto if queue.source == "auto" else queue.source
         stride, min_kept = settings.resolved_stride, settings.resolved_min_kept
-        return cls(settings.window, stride, settings.persistence, min_kept, threshold, source)
+        return cls(settings.window, stride, settings.persistence, min_kept, threshold, source, settings.supervise)
 
     def begin(self, request: RolloutRequest) -> None:
         assert request.id not in self._tracks, f"rollout {request.id} has begun already"
         self._tracks[request.id] = _Track(WindowMeans(self._window, self._stride))
 
-    def observe(self, request: RolloutRequest, divergences: Sequence[float]) -> Cut | None:
+    def observe(self, request: RolloutRequest, tokens: Sequence[int], divergences: Sequence[float]) -> Cut | None:
         track = self._tracks[request.id]
         if track.cut is not None and not request.audit:
             return None
@@ -216,18 +244,37 @@ class KatRule:
             if mean < track.minimum:
                 track.minimum = mean
             track.low = track.low + 1 if mean < threshold and t >= self._first_low else 0
-            if track.low == self._persistence and track.cut is None:
-                made = track.cut = Cut(kept=t - self._run_tokens, at=t)
+            if track.cut is None and (kept := self._judge(track, t)) is not None:
+                made = track.cut = Cut(kept, t, self.reasons[0])
                 if not request.audit:
                     break
         return made
 
-    def end(self, request: RolloutRequest, terminated: bool) -> None:
+    def _judge(self, track: _Track, t: int) -> int | None:
+        """Notes where the rollout's first trap begins and ends; returns how many tokens a cut after t tokens keeps, or None."""
+        if track.trap is None:
+            if track.low < self._persistence:
+                return None
+            track.trap = (t - self._run_tokens, None)
+            return track.trap[0] if self._supervise == "before" else None
+        start, stop = track.trap
+        if stop is not None or track.low:
+            return None
+        stop = t - self._stride  # the last low window's end
+        track.trap = (start, stop)
+        return stop if self._supervise == "agreement" else None
+
+    def end(self, request: RolloutRequest, terminated: bool) -> tuple[int, int] | None:
+        """The hole is the trap, where all else is supervised."""
         assert not (terminated and request.audit), f"rollout {request.id} is in the audit group but was terminated"
         track = self._tracks.pop(request.id)
         admitted = self._source == "all" or (request.audit if self._source == "audit" else not terminated)
         if admitted and track.minimum < math.inf:
             self._minima[request.id] = track.minimum
+        if self._supervise != "after" or track.trap is None:
+            return None
+        start, stop = track.trap
+        return (start, track.means.tokens if stop is None else stop)
 
     def finish_step(self, collective: Collective, first_id: int, count: int) -> None:
         """Collective: one sum of [2, count] float64, a minimum and a presence per rollout; pushed in id order."""

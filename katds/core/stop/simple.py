@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from katds.core import counter
 from katds.core.collective import Collective
-from katds.core.stop.base import RunFacts, StopSettings
-from katds.core.types import Cut, RolloutRequest, StopReason
+from katds.core.stop.base import RunFacts, StopRule, StopSettings
+from katds.core.types import Cut, RolloutRequest
 from katds.settings import Positive
 
 # Keeps the lengths independent of other numbers drawn from (seed, rollout id), such as membership of the audit group.
@@ -24,15 +24,24 @@ class NeverSettings(StopSettings):
 
 
 class PrefixSettings(StopSettings):
-    """Every rollout ends at the same length."""
+    """Every rollout ends at the same length, which may grow over the run."""
 
     kind: Literal["prefix"] = "prefix"
     tokens: Positive = Field(1024, description="length at which every rollout ends")
+    grow_from: Positive | None = Field(
+        None,
+        description="length in the first step; it grows linearly to `tokens` in the last (POPD, whose own schedule we do not know); "
+        "null: no growth",
+    )
 
     def check(self, max_new_tokens: int, temperature: float, audit_fraction: float) -> None:
         if self.tokens > max_new_tokens:
             raise ValueError(
                 f"stop.tokens {self.tokens} is longer than rollout.max_new_tokens {max_new_tokens}; lower stop.tokens"
+            )
+        if self.grow_from is not None and self.grow_from > self.tokens:
+            raise ValueError(
+                f"stop.grow_from {self.grow_from} is longer than stop.tokens {self.tokens}, where growth ends; lower stop.grow_from"
             )
 
 
@@ -43,16 +52,12 @@ class RandomSettings(StopSettings):
     min_tokens: Positive = Field(1, description="shortest cut")
     max_tokens: Positive = Field(4096, description="longest cut; lengths are uniform in between")
 
-    @model_validator(mode="after")
-    def _ordered(self) -> RandomSettings:
+    def check(self, max_new_tokens: int, temperature: float, audit_fraction: float) -> None:
         if self.min_tokens > self.max_tokens:
             raise ValueError(
                 f"stop.min_tokens {self.min_tokens} is larger than stop.max_tokens {self.max_tokens}; "
                 "lower stop.min_tokens"
             )
-        return self
-
-    def check(self, max_new_tokens: int, temperature: float, audit_fraction: float) -> None:
         if self.min_tokens > max_new_tokens:
             raise ValueError(
                 f"stop.min_tokens {self.min_tokens} is longer than rollout.max_new_tokens {max_new_tokens}; "
@@ -60,77 +65,91 @@ class RandomSettings(StopSettings):
             )
 
 
-class NeverRule:
+class NeverRule(StopRule):
     """Plain on-policy distillation: every rollout runs to its end."""
 
     Settings: ClassVar[type[StopSettings]] = NeverSettings
-    reason: StopReason | None = None
+    reasons: tuple[str, ...] = ()
     needs_divergence = False
 
     @classmethod
     def from_settings(cls, settings: Any, run: RunFacts) -> Self:
         return cls()
 
+
+class PlannedRule(StopRule):
+    """Base of rules that know where a rollout will be cut when it begins. `step` is that of the run."""
+
+    needs_divergence = False
+
+    def __init__(self) -> None:
+        self.step = 0
+        self._open: dict[int, tuple[Cut | None, int]] = {}  # by rollout id: its cut, and the tokens seen
+
+    def plan(self, request: RolloutRequest) -> Cut | None:
+        """Where this rollout ends, should it be that long."""
+        raise NotImplementedError
+
     def begin(self, request: RolloutRequest) -> None:
-        return None
+        assert request.id not in self._open, f"rollout {request.id} has begun already"
+        self._open[request.id] = (self.plan(request), 0)
 
-    def observe(self, request: RolloutRequest, divergences: Sequence[float]) -> Cut | None:
-        return None
+    def observe(self, request: RolloutRequest, tokens: Sequence[int], divergences: Sequence[float]) -> Cut | None:
+        """The cut, in the chunk that reaches it; none where the rollout ends there anyway (`max_new_tokens`)."""
+        cut, before = self._open[request.id]
+        now = before + len(tokens)
+        self._open[request.id] = (cut, now)
+        return cut if cut is not None and before < cut.at <= now and cut.at < request.max_new_tokens else None
 
-    def end(self, request: RolloutRequest, terminated: bool) -> None:
+    def end(self, request: RolloutRequest, terminated: bool) -> tuple[int, int] | None:
+        del self._open[request.id]
         return None
 
     def finish_step(self, collective: Collective, first_id: int, count: int) -> None:
         """Collective by contract; communicates nothing."""
-
-    def metrics(self) -> Mapping[str, float]:
-        return {}
+        self.step += 1
 
     def state_dict(self) -> dict[str, Any]:
-        return {}
+        return {"step": self.step}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        return None
+        self.step = state.get("step", 0)  # rules without growth did not save it once
 
 
-class PrefixRule(NeverRule):
-    """Ends every rollout after `tokens` tokens, and keeps them all (FastOPD, arXiv 2602.15260)."""
+class PrefixRule(PlannedRule):
+    """Ends every rollout after `tokens` tokens, and keeps them all (FastOPD, arXiv 2602.15260; ESR, arXiv 2605.27028).
+
+    With `grow_from` (POPD, arXiv 2605.31490: a prefix that grows over training) the first of the run's `steps` has that
+    length and the last `tokens`. [open]: the published schedule; here it is linear.
+    """
 
     Settings: ClassVar[type[StopSettings]] = PrefixSettings
-    reason: StopReason | None = StopReason.PREFIX
+    reasons: tuple[str, ...] = ("prefix",)
 
-    def __init__(self, tokens: int) -> None:
-        assert tokens >= 1, f"tokens {tokens} is below 1"
-        self._tokens = tokens
-        self._seen: dict[int, int] = {}  # tokens of each open rollout, counted up to its length
+    def __init__(self, tokens: int, grow_from: int | None = None, steps: int = 1) -> None:
+        super().__init__()
+        first = tokens if grow_from is None else grow_from
+        assert 1 <= first <= tokens, f"grow_from {grow_from} is not in 1 .. tokens {tokens}"
+        self._tokens, self._first, self._steps = tokens, first, steps
 
     @classmethod
     def from_settings(cls, settings: Any, run: RunFacts) -> Self:
-        return cls(settings.tokens)
+        return cls(settings.tokens, settings.grow_from, run.steps)
 
     def length(self, request: RolloutRequest) -> int:
         """Tokens after which this rollout ends."""
-        return self._tokens
+        return self._first + (self._tokens - self._first) * self.step // max(self._steps - 1, 1)
 
-    def begin(self, request: RolloutRequest) -> None:
-        assert request.id not in self._seen, f"rollout {request.id} has begun already"
-        self._seen[request.id] = 0
-
-    def observe(self, request: RolloutRequest, divergences: Sequence[float]) -> Cut | None:
-        """The cut, at exactly the length; none where the rollout ends there anyway (`max_new_tokens`)."""
-        before, length = self._seen[request.id], self.length(request)
-        now = self._seen[request.id] = min(length, before + len(divergences))
-        return Cut(length, length) if before < now == length < request.max_new_tokens else None
-
-    def end(self, request: RolloutRequest, terminated: bool) -> None:
-        del self._seen[request.id]
+    def plan(self, request: RolloutRequest) -> Cut | None:
+        length = self.length(request)
+        return Cut(length, length, self.reasons[0])
 
 
 class RandomRule(PrefixRule):
     """Ends every rollout at its own length, uniform in `min_tokens` .. `max_tokens`: a hash of (seed, rollout id)."""
 
     Settings: ClassVar[type[StopSettings]] = RandomSettings
-    reason: StopReason | None = StopReason.RANDOM
+    reasons: tuple[str, ...] = ("random",)
 
     def __init__(self, seed: int, min_tokens: int, max_tokens: int) -> None:
         assert 1 <= min_tokens <= max_tokens, f"min_tokens {min_tokens} is not in 1 .. max_tokens {max_tokens}"

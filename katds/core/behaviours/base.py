@@ -1,0 +1,36 @@
+"""The contract of a behaviour policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol, Self
+
+import torch
+
+from katds.settings import Section
+
+Mix = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(log p [S, V], log q [S, V]) -> log mu [S, V], each normalised, at the temperature of sampling, before filters."""
+
+
+class BehaviourSettings(Section):
+    """Base of a policy's section of the recipe; subclasses declare `kind` and their settings."""
+
+    def check(self, greedy: bool, gather: str, overlap: bool, several: bool) -> None:
+        """`several`: teachers. Raises ValueError (field, value, remedy) where the settings contradict the rollouts' or the teacher's."""
+
+
+class Behaviour(Protocol):
+    """Which distribution mu the next token is drawn from. The stop rule and the objective go on comparing student and teacher;
+    `Field.WRITTEN` is log mu. To be derived from."""
+
+    Settings: ClassVar[type[BehaviourSettings]]
+
+    @classmethod
+    def from_settings(cls, settings: Any, steps: int) -> Self:
+        """The policy of a recipe; `settings` is an instance of `cls.Settings`, `steps` the length of the run."""
+        ...
+
+    def at(self, step: int) -> Mix | None:
+        """How student and teacher are mixed in this step; None: the student writes alone, and the teacher takes no steps."""
+        return None

@@ -1,0 +1,69 @@
+"""Blending stays within its budget, and reaches it: against a root finder that we did not write."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from scipy.optimize import brentq
+
+from katds.core.behaviours.blend import Blend, BlendSettings, blend
+from katds.core.behaviours.student import Student
+
+
+def pair(rows: int = 40, vocabulary: int = 50, spread: float = 3.0) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    logits = torch.randn(2, rows, vocabulary, dtype=torch.float64) * spread
+    p, q = logits.log_softmax(-1)
+    return p, q
+
+
+def kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1)
+
+
+def mixture(p: torch.Tensor, q: torch.Tensor, b: float) -> torch.Tensor:
+    return ((1 - b) * p + b * q).log_softmax(-1)
+
+
+@pytest.mark.parametrize("budget", [1e-4, 0.05, 0.5, 2.0])
+def test_the_blend_is_the_one_of_the_budget(budget: float) -> None:
+    p, q = pair()
+    found = blend(p, q, budget)
+    for row in range(len(p)):
+        if kl(q[row], p[row]) <= budget:
+            expected = q[row]
+        else:
+            b = brentq(lambda b, row=row: float(kl(mixture(p[row], q[row], b), p[row])) - budget, 0.0, 1.0, xtol=1e-14)
+            expected = mixture(p[row], q[row], b)
+        torch.testing.assert_close(found[row], expected, rtol=0, atol=1e-4)
+    assert (kl(found, p) <= budget * (1 + 1e-9)).all(), "the trust region is left"
+    assert torch.allclose(found.exp().sum(-1), torch.ones(len(p), dtype=torch.float64))
+
+
+def test_a_large_budget_lets_the_teacher_write_and_float32_suffices() -> None:
+    p, q = pair()
+    torch.testing.assert_close(blend(p, q, 1e3), q)
+    single = blend(p.float(), q.float(), 0.1)
+    assert single.dtype == torch.float32
+    assert (kl(single.double(), p) - 0.1).abs().max() < 1e-4
+
+
+def test_a_token_that_either_model_rules_out_is_never_written() -> None:
+    p, q = pair(rows=4)
+    p[:, 3], q[:, 7] = -math.inf, -math.inf
+    p, q = p.log_softmax(-1), q.log_softmax(-1)
+    for budget in (0.01, 1e3):
+        mixed = blend(p, q, budget)
+        assert (mixed[:, [3, 7]] == -math.inf).all() and mixed[:, :3].isfinite().all()
+
+
+def test_the_budget_falls_to_nothing_and_then_the_student_writes_alone() -> None:
+    policy = Blend.from_settings(BlendSettings(budget=0.4, anneal=0.5), 20)
+    assert [policy.budget(step) for step in (0, 5, 10, 15)] == pytest.approx([0.4, 0.2, 0.0, 0.0])
+    p, q = pair(rows=8)
+    mix = policy.at(5)
+    assert mix is not None and (kl(mix(p, q), p) <= 0.2 + 1e-9).all() and kl(mix(p, q), p).max() > 0.199
+    assert policy.at(10) is None and Student().at(0) is None
+    assert Blend.from_settings(BlendSettings(anneal=0.0), 20).at(0) is None
