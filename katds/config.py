@@ -105,10 +105,15 @@ class RewardConfig(Section):
         "response right, else 0. Rollouts that a rule has ended have no reward",
     )
 
-    def check(self, filtered: bool, answered: bool) -> None:
+    def check(self, filtered: bool, blended: bool, answered: bool) -> None:
         """Raises ValueError where the reward's gradient would be wrong, or there is nothing to grade."""
         if self.weight == 0.0:
             return
+        if blended:
+            raise ValueError(
+                f"reward.weight is {self.weight:g}, but behaviour.kind lets another distribution write, so that the clip of the reward's "
+                "ratio would bias its gradient; set behaviour.kind to student, or reward.weight to 0"
+            )
         if filtered:
             raise ValueError(
                 f"reward.weight is {self.weight:g}, but its gradient is biased where rollouts are not drawn from the whole "
@@ -252,7 +257,7 @@ class Recipe(Section):
                 f"an objective over the whole vocabulary needs the head of one teacher, but teachers names {', '.join(self.teachers)}; "
                 "take an objective over the top k, or one teacher"
             )
-        self.reward.check(filtered, self.data.answer_column is not None)
+        self.reward.check(filtered, self.behaviour.kind != "student", self.data.answer_column is not None)
         if train.minibatches > rollout.prompts_per_step * rollout.samples_per_prompt:
             raise ValueError(
                 f"train.minibatches {train.minibatches} exceeds the rollouts of a step (rollout.prompts_per_step "

@@ -52,6 +52,19 @@ def test_an_outcome_counts_against_those_of_the_others() -> None:
     assert objective.metrics()["reward/mean"] == pytest.approx((1.0 + 0.25 + 0.0 + 0.5 + 1.0) / 5)
 
 
+def test_the_audit_group_changes_nothing() -> None:
+    """What the rule would have ended has no more of an outcome than what it has ended."""
+    made = []
+    for reason in ("kat", "eos"):
+        others = [r for r in ROLLOUTS if r.id != 2]
+        watched = rollout(2, 7, 4, reason)
+        watched.cut = Cut(4, 6, "kat")
+        objective = rewarded()
+        fields = objective.prepare(batch_of([*others, watched]), NOW, Solo())
+        made.append((fields[Field.REWARD].tolist(), objective.metrics()))
+    assert made[0] == made[1] and made[0][0][-4:] == [0.0] * 4
+
+
 def test_a_lone_outcome_and_none_at_all_teach_nothing() -> None:
     assert leave_one_out([(0, 7, 3.0)]) == {0: 0.0} and leave_one_out([]) == {}
     objective = rewarded()

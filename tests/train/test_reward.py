@@ -78,6 +78,15 @@ def test_the_grader_rewards_right_answers() -> None:
         ({"reward": {"weight": 1.0}}, "reward.weight is 1, but its gradient is biased"),
         ({"reward": {"weight": 1.0}, "rollout": {"top_p": 1.0}, "data": {"answer_column": None}}, "nothing to grade"),
         ({"reward": {"function": "no colon"}}, "reward.function"),
+        (
+            {
+                "reward": {"weight": 1.0},
+                "rollout": {"top_p": 1.0},
+                "teacher": {"gather": "once"},
+                "behaviour": {"kind": "trb"},
+            },
+            "behaviour.kind lets another distribution write",
+        ),
     ],
 )
 def test_a_recipe_that_would_be_wrong_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -19,8 +19,8 @@ class Rewarded(Objective):
     """inner loss + weight x sum_t of PPO's clipped surrogate with the rollout's advantage on each of its tokens.
 
     The advantage is the reward less the mean reward of the other rollouts of the same prompt, or of the whole step where a prompt has
-    one rollout (leave one out: unbiased, RLOO, arXiv 2402.14740). A rollout that a stop rule has ended has no outcome: it gets no
-    advantage and is in no mean.
+    one rollout (leave one out: unbiased, RLOO, arXiv 2402.14740). A rollout that a stop rule has ended, or would have ended but for the
+    audit, has no outcome: it gets no advantage and is in no mean.
 
     Args:
         weight: above 0, of the reward's term.
@@ -47,7 +47,7 @@ class Rewarded(Objective):
     def prepare(self, batch: RolloutBatch, progress: Progress, collective: Collective) -> dict[Field, torch.Tensor]:
         """Collective: the inner objective's fields, and REWARD: one gather of three numbers per rollout."""
         made = self._inner.prepare(batch, progress, collective)
-        own = [(r.id, r.request.prompt.index, self._reward(r)) for r in batch.rollouts if not r.terminated]
+        own = [(r.id, r.request.prompt.index, self._reward(r)) for r in batch.rollouts if r.cut is None]
         known = sorted(entry for part in collective.gather(own) for entry in part)
         advantages = leave_one_out(known)
         self._mean = math.fsum(reward for *_, reward in known) / len(known) if known else None
