@@ -17,6 +17,7 @@ from katds.data.reward import Reward, graded, load_reward
 from katds.errors import ConfigError
 from katds.models.checks import ModelFacts, check_models
 from katds.parallel.deepspeed_config import read_deepspeed_json
+from katds.settings import Section
 
 # What may change when a run is resumed: where things lie and how fast they go, not what is computed.
 _FREE = (
@@ -122,9 +123,21 @@ def identity(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
 
 
 def at_default(recipe: Recipe) -> set[str]:
-    """The settings that have their default's value, given or not."""
-    every, changed = (dict(_flat(recipe.model_dump(mode="json", exclude_defaults=drop))) for drop in (False, True))
-    return every.keys() - changed.keys()
+    """The settings that have the value of a recipe that does not give them."""
+    usual = dict(_flat(_defaults(type(recipe))))
+    return {key for key, value in _flat(recipe.model_dump(mode="json")) if key in usual and usual[key] == value}
+
+
+def _defaults(section: type[Section]) -> dict[str, Any]:
+    """What is left of a section without its required settings. Of a union the default kind: another kind's settings are in no default."""
+    found: dict[str, Any] = {}
+    for name, info in section.model_fields.items():
+        if not info.is_required():
+            value = info.get_default(call_default_factory=True)
+            found[name] = value.model_dump(mode="json") if isinstance(value, Section) else value
+        elif isinstance(info.annotation, type) and issubclass(info.annotation, Section):
+            found[name] = _defaults(info.annotation)
+    return found
 
 
 def is_free(setting: str) -> bool:

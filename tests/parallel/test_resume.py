@@ -173,6 +173,7 @@ CHANGES = [
     ("objective", {"kind": "jsd"}, "objective.* is .*"),
     ("run", {"seed": 4}, "run.seed is 4"),
     ("reward", {"function": "a:b"}, "reward.function is 'a:b'"),
+    ("behaviour", {"kind": "trb"}, "behaviour.* is .*"),
     ("data", {"train": "eval.jsonl"}, r"data.train \(contents\)"),
     ("student", {"path": "other"}, r"student.path \(contents\)"),
     ("teacher", {"path": "other"}, r"teacher.path \(contents\)"),
@@ -192,13 +193,17 @@ FREE = [
 def begun(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The recipe that resumes a run with one checkpoint."""
     root = tmp_path_factory.mktemp("begun")
-    recipe = build_recipe(root, "a")
+    recipe = build_recipe(root, "a", teacher={"gather": "once"})
     build_model(root / "other", seed=9, hidden=48)
     shutil.copy(root / "train.jsonl", root / "moved.jsonl")
     claim(recipe)
     made = Recipe.model_validate(recipe)
-    # As an older katds would have written it, for which other settings were not free, and which knew no rewards.
-    known = {key: value for key, value in identity(made, read_inputs(made)).items() if not key.startswith("reward.")}
+    # As an older katds would have written it, for which other settings were not free, and which knew neither rewards nor behaviour.
+    known = {
+        key: value
+        for key, value in identity(made, read_inputs(made)).items()
+        if not key.startswith(("reward.", "behaviour."))
+    }
     mine = known | {"rollout.weights": "view", "rollout.slots": 1, "evaluation.samples": 77}
     store(root / "runs" / "a" / "checkpoints", lambda: {"identity": mine}).save(2)
     return recipe | {"run": recipe["run"] | {"resume": True}}
