@@ -177,12 +177,26 @@ def test_the_soonest_end_is_checked() -> None:
     """It takes a window more to see the end of a trap than to see its beginning."""
     for way, soonest in (("before", 22), ("agreement", 24)):
         kat = KatSettings(window=8, stride=2, persistence=4, min_kept=8, supervise=way)
-        kat.check(soonest, 1.0, 0.1)
+        kat.check(soonest + 1, 1.0, 0.1)
         with pytest.raises(ValueError, match=f"stop.kind kat needs {soonest} tokens"):
-            kat.check(soonest - 1, 1.0, 0.1)
+            kat.check(soonest, 1.0, 0.1)  # a rollout that has come so far ends there by itself
         with pytest.raises(ValueError, match="audit_fraction is 1"):
             kat.check(100, 1.0, 1.0)
     KatSettings(supervise="after").check(4096, 1.0, 1.0)  # ends nothing anyway
+
+
+@pytest.mark.parametrize("min_kept", range(1, 40))
+def test_the_soonest_end_is_the_soonest_end(min_kept: int) -> None:
+    """Of a rollout all of whose windows are low, also where `min_kept` is no multiple of the stride."""
+    kat = KatSettings(window=16, stride=6, persistence=3, min_kept=min_kept)
+    rule = make(16, 6, 3, min_kept, 1.0, "all")
+    request = RolloutRequest(1, Prompt(0, (1,)), 500)
+    rule.begin(request)
+    cut = rule.observe(request, [0] * 200, [0.0] * 200)
+    assert cut is not None
+    kat.check(cut.at + 1, 1.0, 0.1)
+    with pytest.raises(ValueError, match=f"needs {cut.at} tokens"):
+        kat.check(cut.at, 1.0, 0.1)
 
 
 @settings(max_examples=100)

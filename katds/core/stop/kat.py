@@ -81,11 +81,13 @@ class KatSettings(StopSettings):
             raise ValueError(f"stop.window {self.window} is longer than {limit}; lower stop.window")
         if min_kept >= max_new_tokens:
             raise ValueError(f"stop.min_kept {min_kept} leaves nothing to cut below {limit}; lower stop.min_kept")
-        soonest = min_kept + self.window + (self.persistence - 1 + (self.supervise == "agreement")) * stride
-        if soonest > max_new_tokens:
+        # Windows end every `stride` tokens, from the first that may be low; at the very last token a rollout ends by itself.
+        later = math.ceil(min_kept / stride) + self.persistence - 1 + (self.supervise == "agreement")
+        soonest = self.window + later * stride
+        if soonest >= max_new_tokens:
             raise ValueError(
                 f"stop.kind kat needs {soonest} tokens to end a rollout (stop.min_kept + stop.window + (stop.persistence - 1) x "
-                f"stop.stride), more than {limit}; lower stop.window"
+                f"stop.stride, in whole strides), and more than these in {limit}; lower stop.window"
             )
         if audit_fraction == 1 and self.supervise != "after":
             raise ValueError("rollout.audit_fraction is 1: no rollout could be ended; lower it")
