@@ -72,7 +72,9 @@ class Monitor:
         samples: Sequence[Rollout],
     ) -> None:
         """Records one finished step."""
-        add(self.totals, sums)
+        add(
+            self.totals, {**sums, "learned": learned.get("tokens", 0.0)}
+        )  # fewer than kept: holes, and what an objective leaves out
         if self.active_totals or sums["rollouts"] > sums["stop/eos"] + sums["stop/length"]:
             add(self.active_totals, sums)
         seconds = self._take_seconds()
@@ -139,6 +141,7 @@ class Monitor:
             dict(state["active_totals"]),
             dict(state["seconds"]),
         )
+        self.totals.setdefault("learned", self.totals.get("kept", 0.0))  # of a checkpoint from before it was counted
         self.last = dict(state["last"])
 
     def close(self) -> None:

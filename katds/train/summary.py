@@ -50,6 +50,7 @@ def summarise(
         "rollout_tokens": int(totals["tokens"]),
         "decoded_tokens": int(totals["decoded"]),  # with those written beyond a rollout's end within a chunk
         "kept_tokens": int(totals["kept"]),
+        "learned_tokens": int(totals["learned"]),
         "length_mean": totals["tokens"] / totals["rollouts"],
         "saved_fraction": saved_fraction(totals),
         "saved_fraction_since_first_termination": saved_fraction(active) if active else None,
@@ -89,7 +90,7 @@ def _rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
     if "length_mean" in before and "length_mean" in after:
         rows.append(("mean length before -> after", f"{before['length_mean']:.0f} -> {after['length_mean']:.0f}"))
-    rows.append(("rollout tokens (learnt from)", f"{summary['rollout_tokens']:,} ({summary['kept_tokens']:,})"))
+    rows.append(("rollout tokens (learnt from)", f"{summary['rollout_tokens']:,} ({summary['learned_tokens']:,})"))
     for key, name in (
         ("saved_fraction", "rollout tokens saved"),
         ("saved_fraction_since_first_termination", "  since the first termination"),

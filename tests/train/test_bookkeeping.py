@@ -233,7 +233,7 @@ def test_summary_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         device=torch.device("cpu"),
     )
     expected = {
-        "steps": 2, "ranks": 2, "rollouts": 8, "rollout_tokens": 440, "kept_tokens": 324, "length_mean": 55.0,
+        "steps": 2, "ranks": 2, "rollouts": 8, "rollout_tokens": 440, "kept_tokens": 324, "learned_tokens": 248, "length_mean": 55.0,
         "saved_fraction": 1 - (160 / 4) / (280 / 4), "saved_fraction_since_first_termination": 1 - 20 / 60,
         "saved_fraction_paired": 70 / 280, "terminated_share": 2 / 8, "terminated_share_since_first_termination": 2 / 6,
         "false_termination_share": 0.5, "audit_rollouts": 4, "threshold": 0.25, "training_seconds": 10.0,
@@ -247,7 +247,7 @@ def test_summary_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         "2 steps on 2 ranks",
         "0.250 -> 0.500",
         "30 -> 30",
-        "440 (324)",
+        "440 (248)",
         "42.9%",
         "66.7%",
         "25.0%",

@@ -153,7 +153,8 @@ def test_run_folder_and_summary(base: Path) -> None:
 
     summary = json.loads((folder / "summary.json").read_text())
     assert summary.keys() == {
-        "steps", "ranks", "before", "after", "rollouts", "rollout_tokens", "kept_tokens", "length_mean", "saved_fraction",
+        "steps", "ranks", "before", "after", "rollouts", "rollout_tokens", "kept_tokens", "learned_tokens", "length_mean",
+        "saved_fraction",
         "saved_fraction_since_first_termination", "saved_fraction_paired", "terminated_share",
         "terminated_share_since_first_termination", "false_termination_share", "audit_rollouts", "threshold", "seconds",
         "training_seconds", "decoded_tokens", "rollout_tokens_per_second", "rollout_tokens_per_second_and_rank", "peak_memory_bytes",
@@ -163,6 +164,7 @@ def test_run_folder_and_summary(base: Path) -> None:
     tokens, cut = sum(len(ids) for ids, _, _ in written), sum(reason == "kat" for _, _, reason in written)
     assert (summary["steps"], summary["ranks"], summary["rollouts"]) == (STEPS, 2, STEPS * PER_STEP)
     assert (summary["rollout_tokens"], summary["kept_tokens"]) == (tokens, sum(kept for _, kept, _ in written))
+    assert summary["learned_tokens"] == summary["kept_tokens"]  # no holes, and an objective that leaves nothing out
     assert summary["audit_rollouts"] == STEPS * AUDITED
     assert summary["terminated_share"] == pytest.approx(cut / len(written))
     later = [r for step in range(1, STEPS) for r in rollouts_of(ranks, step).values()]  # the first step cannot cut
