@@ -60,6 +60,7 @@ def fake_run(folder: Path, recipe: str, average: float, tokens: int, **more: Any
     summary = {
         "ranks": 1, "device": "x", "rollouts": 24, "before": {"avg@2": 0.1}, "after": {"avg@2": average, "pass@2": 2 * average},
         "length_mean": tokens / 24, "rollout_tokens": tokens, "decoded_tokens": tokens, "kept_tokens": tokens // 2,
+        "learned_tokens": tokens // 2,
         "training_seconds": tokens / 100, "terminated_share": 0.25, "false_termination_share": 0.5,
     }  # fmt: skip
     (folder / "summary.json").write_text(json.dumps(summary | more))

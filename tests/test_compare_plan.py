@@ -79,7 +79,12 @@ MISTAKES: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
     ({"kat": {}, "b": {"after": "kta"}}, {}, ["cells.b.after is 'kta'", "Did you mean kat?"]),
     ({"kat": {"after": "b"}, "b": {"after": "kat"}}, {}, ["goes round in a circle: kat -> b -> kat"]),
     ({"kat": {"teacher.path": "{after}"}}, {}, ["cells.kat speaks of {after}", "Say after which cell"]),
-    ({"kat": {}, "b": {"train.steps": 3}}, {}, ["Cell b learns from 36 rollouts and cell kat from 24", "Make them equal"]),
+    ({"kat": {}, "b": {"train.steps": 3}}, {}, ["Cell b has", "prompts with", "Make them equal"]),
+    (
+        {"kat": {}, "b": {"rollout.prompts_per_step": 12, "rollout.samples_per_prompt": 1}},
+        {},
+        ["Cell b has 24 prompts with 1 rollouts each and cell kat 12 prompts with 2"],
+    ),
     ({"kat": {"train.steps": None}}, {}, ["train.steps is null in cell kat", "Give a number"]),
     ({"kat": {"evaluation.data": None}}, {}, ["evaluation.data is null in cell kat"]),
     ({"kat": {}, "b": {"evaluation.samples": 3}}, {}, ["Section evaluation of cell b differs from that of kat"]),

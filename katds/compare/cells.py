@@ -188,8 +188,8 @@ def _check_budgets(runs: list[Run]) -> None:
             )
         if _budget(run.recipe) != _budget(first.recipe):
             raise ConfigError(
-                f"Cell {cell} learns from {_budget(run.recipe)} rollouts and cell {first.cell.name} from {_budget(first.recipe)} "
-                "(train.steps x rollout.prompts_per_step x rollout.samples_per_prompt). Make them equal."
+                f"Cell {cell} has {_words(run.recipe)} and cell {first.cell.name} {_words(first.recipe)} (train.steps x "
+                "rollout.prompts_per_step, and rollout.samples_per_prompt). Make them equal."
             )
         for section in SHARED:
             if getattr(run.recipe, section) != getattr(first.recipe, section):
@@ -198,8 +198,14 @@ def _check_budgets(runs: list[Run]) -> None:
                 )
 
 
-def _budget(recipe: Recipe) -> int:
-    return (recipe.train.steps or 0) * recipe.rollout.prompts_per_step * recipe.rollout.samples_per_prompt
+def _budget(recipe: Recipe) -> tuple[int, int]:
+    """Prompts, and rollouts of each."""
+    return (recipe.train.steps or 0) * recipe.rollout.prompts_per_step, recipe.rollout.samples_per_prompt
+
+
+def _words(recipe: Recipe) -> str:
+    prompts, samples = _budget(recipe)
+    return f"{prompts} prompts with {samples} rollouts each"
 
 
 def _check_unchanged(run: Run) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 from katds.config import DataConfig, Recipe
 from katds.core import lengths
 from katds.core.lengths import StepLengths
+from katds.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,15 @@ def triangle(tokens: float) -> float:
     return tokens * (tokens + 1) / 2
 
 
-def run_flops(recipe: Recipe, folder: Path, summary: dict[str, Any]) -> float:
-    """Of the run in `folder`. What summary.json lacks is taken from elsewhere: prompt tokens from the data, the tokens of a step from
-    metrics.jsonl, those of a rollout from lengths.jsonl."""
+def run_flops(recipe: Recipe, folder: Path, summary: dict[str, Any]) -> float | None:
+    """Of the run in `folder`; None where this page's sum is not that of the method: a teacher that writes along reads every token
+    twice, and several teachers differ in size.
+
+    What summary.json lacks is taken from elsewhere: prompt tokens from the data, the tokens of a step from metrics.jsonl, those of a
+    rollout from lengths.jsonl."""
     rollout = recipe.rollout
+    if recipe.teachers or recipe.behaviour != type(recipe).model_fields["behaviour"].default:
+        return None
     assert recipe.train.steps is not None
     prompts = prompt_tokens(
         str(recipe.student.path),
@@ -75,13 +81,23 @@ def run_flops(recipe: Recipe, folder: Path, summary: dict[str, Any]) -> float:
     )
     lines = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
     records = [record for record in lines if "rollout/length_mean" in record]
-    known = lengths.read(folder) if (folder / lengths.FILE).exists() else [StepLengths([], [], [])] * len(records)
+    known = _known(folder, len(records))
     overshoot = summary["decoded_tokens"] / summary["rollout_tokens"]
     count = rollout.prompts_per_step * rollout.samples_per_prompt
     steps = zip(prompts, records, known, strict=True)
     batches = (batch for prompt, record, step in steps for batch in _batches(count, prompt, record, step, overshoot))
     student, teacher = model_cost(recipe.student.path), model_cost(recipe.teacher.path)
     return training_flops(student, teacher, batches, rollout.samples_per_prompt, recipe.train.activation_checkpointing)
+
+
+def _known(folder: Path, steps: int) -> list[StepLengths]:
+    """The recorded lengths, or nothing of every step where a run has no whole record: one that began before there were records, or
+    whose rollouts are all in the audit group."""
+    try:
+        known = lengths.read(folder)
+    except ConfigError:
+        known = []
+    return known if len(known) == steps else [StepLengths([], [], [])] * steps
 
 
 def _batches(

@@ -111,9 +111,10 @@ def verdicts(reference: Outcome, others: Sequence[Outcome], words: dict[str, int
     title = FIGURES[0].title.format(**words)
     for other in others:
         difference, tokens = reference.minus(other, "average"), reference.minus(other, "tokens")
-        theirs = other.interval("tokens")
-        if difference is None or tokens is None or theirs is None:
+        shared = reference.figures.get("tokens", {}).keys() & other.figures.get("tokens", {}).keys()
+        if difference is None or tokens is None or not shared:
             continue
+        theirs = sum(other.figures["tokens"][seed] for seed in shared) / len(shared)
         if difference.half is None:
             said = "one seed says nothing about chance"
         elif difference.low > 0:
@@ -124,7 +125,7 @@ def verdicts(reference: Outcome, others: Sequence[Outcome], words: dict[str, int
             said = "no difference that these seeds can tell from chance"
         yield (
             f"{reference.cell.name} against {other.cell.name}: {title} {shown(difference, 'score', sign='+')} with "
-            f"{tokens.mean / theirs.mean:+.1%} rollout tokens: {said}."
+            f"{tokens.mean / theirs:+.1%} rollout tokens: {said}."
         )
 
 
