@@ -98,7 +98,7 @@ def _add(outcome: Outcome, run: Run, summary: dict[str, Any]) -> None:
         "passed": scores.get(f"pass@{evaluation.k or evaluation.samples}"),
         "length": summary["length_mean"],
         "tokens": summary["rollout_tokens"],
-        "learned": summary["learned_tokens"],
+        "learned": summary.get("learned_tokens", summary["kept_tokens"]),
         "seconds": summary["training_seconds"],
         "flops": run_flops(run.recipe, run.folder, summary),
         "terminated": summary["terminated_share"],
