@@ -10,7 +10,6 @@ import atexit
 import os
 import sys
 import threading
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -25,10 +24,9 @@ from katds.recipe_errors import explain
 from katds.recipe_help import help_text
 from katds.schema import default_kinds, leaves
 from katds.settings import leaf_types
+from katds.telling import tell, this_rank
 
 LAUNCHER_FLAGS = ("local_rank", "local-rank")
-# DeepSpeed's launcher looks for failed ranks once a second and then ends the others.
-GRACE_SECONDS = 3.0
 
 
 class _Loader(yaml.SafeLoader):
@@ -122,12 +120,12 @@ def read_recipe(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def run_main(main: Callable[[], int | None]) -> NoReturn:
-    """Run a script: a user error is one message and exit code 2 on all ranks, without a traceback."""
+    """Run a script: a user error is one message and, on all ranks, its exit code, mostly 2, without a traceback."""
     try:
         code = main() or 0
     except KatdsError as error:
-        _report(error)
-        code = 2
+        tell(error)
+        code = error.exit_code
     except KeyboardInterrupt:
         code = 130
     except Exception:
@@ -152,22 +150,8 @@ def _end_process(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _report(error: KatdsError) -> None:
-    """Rank 0 speaks first. A rank that the launcher lets live on failed alone, and then says so itself."""
-    rank = _rank()
-    if rank != 0:
-        time.sleep(GRACE_SECONDS)
-        if error.reported_by_main:
-            return
-    print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK") or 0)
-
-
 def _leave(text: str) -> NoReturn:
-    if _rank() == 0:
+    if this_rank() == 0:
         print(text, end="" if text.endswith("\n") else "\n", flush=True)
     sys.exit(0)
 
