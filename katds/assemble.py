@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from katds.data.grading import Grader
 from katds.evaluation.evaluator import Evaluator, text_decoder
 from katds.inputs import Inputs
 from katds.models.checks import ModelFacts
+from katds.parallel.sequence import UlyssesShards
 from katds.parallel.world import World
 from katds.parallel.zero import ZeroFrozen, ZeroStudent
 from katds.rollout.engine import PhaseClock, RolloutEngine, StudentSource
@@ -44,6 +46,8 @@ def assemble(
     objective = _objective(recipe, inputs)
     rollout, optimizer = recipe.rollout, recipe.train.optimizer
     rule = make_rule(recipe, inputs.steps)
+    for doubt in stop_doubts(recipe, inputs.steps):
+        monitor.say(f"warning: {doubt}")
     requests = RequestStream(
         inputs.prompts,
         rollout.prompts_per_step,
@@ -58,6 +62,7 @@ def assemble(
     by_student = RolloutEngine(
         student, [teacher.reading for teacher in teachers], rule, objective.needs, world.collective, sizes, monitor.phase, say,
         behaviour, None if inputs.bridge is None else inputs.bridge.begin,
+        world.block(math.lcm(*(teacher.ranks for teacher in teachers))),
     )  # fmt: skip
     by_teacher = partial(_teacher_engine, teachers[0], world, inputs.facts, sizes, monitor.phase, say)
     engine: Engine = by_student
@@ -77,6 +82,7 @@ def assemble(
         lr=cosine_with_warmup(optimizer.lr, total, optimizer.warmup_fraction, optimizer.final_lr_fraction),
         temperature=sampling.scale, minibatches=recipe.train.minibatches, budget=recipe.train.micro_batch_tokens,
         device=world.device, clock=monitor.phase, attention_weight=student.engine.module.attention_weight(), pen=pen,
+        shards=UlyssesShards(recipe.train.sequence_parallel) if recipe.train.sequence_parallel > 1 else None,
     )  # fmt: skip
     evaluator = None
     if inputs.benchmarks and inputs.grade is not None:
@@ -87,7 +93,7 @@ def assemble(
         requests, engine, learner, rule, world.collective, monitor,
         steps=inputs.steps,
         evaluate=None if evaluator is None else lambda: evaluator.run().metrics(),
-        correct=_correctness(recipe, inputs),
+        correct=correctness(recipe, inputs),
         evaluate_every=recipe.evaluation.every,
         checkpoint_every=recipe.checkpoint.every,
     )  # fmt: skip
@@ -153,10 +159,19 @@ def speaker(world: World, say: Callable[[str], None]) -> Callable[[str], None]:
 
 
 def make_rule(recipe: Recipe, steps: int) -> StopRule:
+    return STOP_RULES[recipe.stop.kind].from_settings(recipe.stop, _run_facts(recipe, steps))
+
+
+def stop_doubts(recipe: Recipe, steps: int) -> list[str]:
+    """What the stop rules, all of them under first_of, will do that is hardly meant."""
+    found: list[str] = recipe.stop.doubts(_run_facts(recipe, steps))
+    return found
+
+
+def _run_facts(recipe: Recipe, steps: int) -> RunFacts:
     rollout = recipe.rollout
     per_step = rollout.prompts_per_step * rollout.samples_per_prompt
-    facts = RunFacts(recipe.run.seed, steps, per_step, recipe.train.minibatches, rollout.audit_fraction)
-    return STOP_RULES[recipe.stop.kind].from_settings(recipe.stop, facts)
+    return RunFacts(recipe.run.seed, steps, per_step, recipe.train.minibatches, rollout.audit_fraction)
 
 
 def make_evaluator(
@@ -195,7 +210,8 @@ def engine_settings(recipe: Recipe, facts: ModelFacts, world: World, sampling: S
     )
 
 
-def _correctness(recipe: Recipe, inputs: Inputs) -> Callable[[Rollout], bool | None] | None:
+def correctness(recipe: Recipe, inputs: Inputs) -> Callable[[Rollout], bool | None] | None:
+    """Grades a complete rollout of the training prompts; None where these have no answers."""
     if inputs.grade is None or recipe.data.answer_column is None:
         return None
     grade, to_text = inputs.grade, text_decoder(inputs.tokenizer)

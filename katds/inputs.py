@@ -25,10 +25,11 @@ from katds.settings import Section
 
 # What may change when a run is resumed: where things lie and how fast they go, not what is computed.
 _FREE = (
-    "run.name", "run.folder", "run.resume", "run.rollout_samples", "student.path", "student.deepspeed", "teacher.path",
-    "teacher.deepspeed", "teacher.gather", "data.train", "stop.run", "rollout.slots", "rollout.chunk_tokens",
-    "rollout.weights", "rollout.fast_decode", "rollout.overlap", "train.steps", "train.epochs",
-    "train.micro_batch_tokens", "train.activation_checkpointing", "evaluation", "checkpoint",
+    "run.name", "run.folder", "run.resume", "run.rollout_samples", "run.lost_after_seconds", "student.path",
+    "student.deepspeed", "teacher.path", "teacher.deepspeed", "teacher.gather", "teacher.shard", "data.train", "stop.run",
+    "rollout.slots", "rollout.chunk_tokens", "rollout.weights", "rollout.fast_decode", "rollout.overlap", "train.steps",
+    "train.epochs", "train.micro_batch_tokens", "train.sequence_parallel", "train.activation_checkpointing", "evaluation",
+    "checkpoint", "watch",
 )  # fmt: skip
 
 
@@ -150,7 +151,7 @@ def identity(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
         "train.steps": inputs.steps,
         **({"stop (contents)": inputs.stop_digest} if inputs.stop_digest else {}),
         **({} if inputs.bridge is None else {"teacher.path (tokenizer)": inputs.bridge.digest}),
-        "data.train (contents)": _prompts_digest(inputs.prompts),
+        "data.train (contents)": prompts_digest(inputs.prompts),
         "student.path (contents)": model_digest(recipe.student.path),
         **{f"{name}.path (contents)": model_digest(each.path) for name, each in recipe.every_teacher().items()},
     }
@@ -190,7 +191,8 @@ def fingerprint(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
     return {**dict(flat(recipe.model_dump(mode="json"))), **identity(recipe, inputs)}
 
 
-def _prompts_digest(prompts: PromptSet) -> str:
+def prompts_digest(prompts: PromptSet) -> str:
+    """Of all that a model reads or is graded by."""
     digest = hashlib.sha256()
     for prompt in prompts:
         routed = (prompt.teacher,) if prompt.teacher else ()

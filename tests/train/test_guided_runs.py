@@ -147,7 +147,9 @@ def test_several_teachers_cannot_write(tmp_path: Path) -> None:
     recipe = guided(tmp_path, "refused")
     recipe["teachers"] = {"other": recipe["teacher"]}
     recipe["data"] |= {"teacher_column": "domain"}
-    with pytest.raises(ValidationError, match=re.escape("lets one teacher write, but teachers names more")):
+    with pytest.raises(
+        ValidationError, match=re.escape("lets the teacher write, which needs a single one, but teachers names")
+    ):
         Recipe.model_validate(recipe)
 
 

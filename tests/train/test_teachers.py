@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from outside import CrossEntropy
 from pydantic import ValidationError
 from whole_runs import records, train
 from zoo import build_model, build_recipe
 
 from katds.config import Recipe
+from katds.core.objectives import OBJECTIVES
 from katds.errors import ConfigError
 from katds.inputs import identity, is_free, read_inputs
 
@@ -73,7 +75,7 @@ def spoil(recipe: dict[str, Any], section: str, **change: Any) -> dict[str, Any]
         ("teachers", {"math": ...}, "column 'domain' is 'math', which names no teacher. Teachers are code"),
         ("teachers", {"code": {"path": "nowhere"}}, "teachers.code.path is nowhere, which is no folder"),
         ("objective", {"kind": "jsd"}, "needs the head of one teacher, but teachers names math, code"),
-        ("behaviour", {"kind": "trb"}, "blends with one teacher"),
+        ("behaviour", {"kind": "trb"}, "every step beside the student, which needs a single one, but teachers names math, code"),
         ("teachers", {"math": {"path": "x", "gather": "never"}}, "teachers"),
     ],
 )
@@ -84,6 +86,30 @@ def test_what_does_not_fit_is_said_before_a_model_is_loaded(
     recipe = {key: value for key, value in spoil(recipe, section, **change).items() if value != {} or key == "teachers"}
     with pytest.raises((ValidationError, ConfigError), match=message):
         read_inputs(Recipe.model_validate(recipe))
+
+
+def test_an_objective_from_outside_that_reads_a_head_takes_one_teacher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it needs tells so, whatever its settings say: the learner has the head of the first teacher only."""
+    monkeypatch.setitem(OBJECTIVES, "cross_entropy", CrossEntropy)
+    recipe = recipe_of(tmp_path, "heads", objective={"kind": "cross_entropy"})
+    with pytest.raises(ValidationError, match="needs the head of one teacher, but teachers names math, code"):
+        Recipe.model_validate(recipe)
+    del recipe["teachers"], recipe["data"]["teacher_column"]
+    Recipe.model_validate(recipe)
+
+
+def test_a_column_may_be_a_field_of_another(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, "nested")
+    file = tmp_path / "train.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps(row | {"extra": {"domain": row.pop("domain")}}) + "\n" for row in rows))
+    with pytest.raises(ConfigError, match=r"no column 'domain' .* Set data\.teacher_column=extra\.domain"):
+        read_inputs(Recipe.model_validate(recipe))
+    recipe["data"]["teacher_column"] = "extra.domain"
+    inputs = read_inputs(Recipe.model_validate(recipe))
+    assert [inputs.prompts[i].teacher for i in range(5)] == [2, 0, 1, 2, 0]
 
 
 def test_another_tokenizer_of_a_further_teacher_is_refused(tmp_path: Path) -> None:

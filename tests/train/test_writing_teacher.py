@@ -79,5 +79,5 @@ def test_it_needs_one_teacher_that_is_held_whole(tmp_path: Path, monkeypatch: py
     assert Recipe.model_validate(recipe).teacher_writes
     several: dict[str, Any] = recipe | {"teachers": {"other": recipe["teacher"]}}
     several["data"] = recipe["data"] | {"teacher_column": "domain"}
-    with pytest.raises(ValidationError, match="lets one teacher write, but teachers names more"):
+    with pytest.raises(ValidationError, match="lets the teacher write, which needs a single one, but teachers names"):
         Recipe.model_validate(several)
