@@ -6,10 +6,11 @@ import pytest
 from messages import refused
 
 from katds.cli import load_recipe
-from katds.config import Recipe, TrainConfig
+from katds.config import Recipe
 from katds.core.objectives import OBJECTIVES
 from katds.core.objectives.refused import _REFUSED, refusal
 from katds.schema import members
+from katds.sections import TrainConfig
 
 REQUIRED = ["--run.name", "demo", "--student.path", "s", "--teacher.path", "t", "--data.train", "d.jsonl"]
 

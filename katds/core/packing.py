@@ -46,6 +46,10 @@ class Plan:
         """Micro-batches per rank; 0 only if there are no rollouts."""
         return len(self.micro_batches[0])
 
+    def shared(self, ranks: int) -> Plan:
+        """For groups of so many neighbours in place of ranks: each of a group has its micro-batches."""
+        return Plan([batches for batches in self.micro_batches for _ in range(ranks)])
+
 
 class Transfers(NamedTuple):
     """Rollout indices that one rank sends to each rank and receives from each, itself included, ascending per pair."""

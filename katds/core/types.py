@@ -63,6 +63,17 @@ class Field(StrEnum):
     GUIDED = "guided"  # [T] bool, with `Objective.reads_prefix`: a teacher's token before the response; in the loss, not in its count
 
 
+FIELDS: Mapping[Need, tuple[Field, ...]] = {
+    Need.SAMPLED: (Field.SAMPLED,),
+    Need.STUDENT_TOP_K: (Field.STUDENT_TOP_IDS, Field.STUDENT_TOP),
+    Need.TEACHER_TOP_K: (Field.TEACHER_TOP_IDS, Field.TEACHER_TOP),
+    Need.ENTROPY: (Field.ENTROPY,),
+    Need.FULL: (Field.HIDDEN,),
+    Need.WRITTEN: (Field.WRITTEN,),
+    Need.STUDENT_ENTROPY: (Field.STUDENT_ENTROPY,),
+    Need.CHUNKS: (Field.CHUNK_TEACHER, Field.CHUNK_STUDENT, Field.CHUNK_TOKENS),
+}  # what the signal holds at every token of a response for each need
+
 Signal = Mapping[Field, torch.Tensor]
 
 

@@ -109,3 +109,28 @@ def test_who_writes_alone_and_who_blends() -> None:
     assert [kind for kind, policy in BEHAVIOURS.items() if policy.teacher_writes] == ["teacher_prefix"]
     assert [kind for kind, policy in BEHAVIOURS.items() if policy.Settings.blends] == ["trb"]
     assert TeacherPrefix("uniform", 5).at(0) is None and Student().prefix(asked(1), 0, 0) == 0
+
+
+@pytest.mark.parametrize("kind", BEHAVIOURS)
+@pytest.mark.parametrize("step", [0, 3, 7])
+def test_every_policy_keeps_the_contract(kind: str, step: int) -> None:
+    """With its defaults: a mixture is a distribution, row by row, without what the student rules out; a prefix leaves the student a token;
+    both are functions of what they are given; and what the policy declares is what it does."""
+    behaviour, again = (BEHAVIOURS[kind].from_settings(BEHAVIOURS[kind].Settings(), 8) for _ in range(2))
+    mix, (p, q) = behaviour.at(step), pair()
+    assert BEHAVIOURS[kind].Settings.blends or mix is None
+    if mix is not None:
+        p[:, 7] = -math.inf
+        p = p.log_softmax(-1)
+        mu = mix(p, q)
+        assert mu.shape == p.shape and (mu[:, 7] == -math.inf).all()
+        torch.testing.assert_close(mu.exp().sum(-1), torch.ones(len(p), dtype=p.dtype))
+        torch.testing.assert_close(mix(p[5:6], q[5:6]), mu[5:6], rtol=0, atol=0)
+        assert torch.equal(again.at(step)(p, q), mu)  # type: ignore[misc]
+    lengths = []
+    for name in range(200):
+        request = RolloutRequest(name, Prompt(0, (1, 2)), 9)
+        lengths.append(behaviour.prefix(request, step, 5))
+        assert again.prefix(request, step, 5) == lengths[-1] and 0 <= lengths[-1] < 9
+    assert any(lengths) <= behaviour.teacher_writes
+    assert any(lengths) or step or not behaviour.teacher_writes

@@ -194,7 +194,7 @@ def test_tail_of_nothing_and_of_everything() -> None:
 
 @pytest.mark.parametrize("scale", [1.0, 4.0, 8.0, 12.0, 30.0])
 def test_float32_accuracy_is_what_the_docstrings_say(scale: float) -> None:
-    """Tails from 0.97 to 1e-32. The bounds are the documented ones, measured on these inputs with V = 32768."""
+    """Tails from 0.97 to 1e-32, V = 32768: nothing is off by more than the log-probabilities are, which depends on the processor."""
     generator = torch.Generator().manual_seed(0)
     student = torch.randn(64, 32768, generator=generator) * scale
     teacher = student + 0.5 * torch.randn(64, 32768, generator=generator)
@@ -203,9 +203,11 @@ def test_float32_accuracy_is_what_the_docstrings_say(scale: float) -> None:
     ids = p.topk(64, -1).indices
     tail64 = p64.scatter(-1, ids, -INF).logsumexp(-1).exp()
     p_top, q_top, p_top64, q_top64 = (x.gather(-1, ids) for x in (p, q, p64, q64))
-    assert (tail_logprob(p_top).exp() - tail64).abs().max() < 6e-6
-    assert (top_k_tail_reverse_kl(p_top, q_top) - top_k_tail_reverse_kl(p_top64, q_top64)).abs().max() < 3e-6
-    assert (reverse_kl(p, q) - reverse_kl(p64, q64)).abs().max() < 3e-6
+    of_p, of_q = ((x - x64).abs().max() for x, x64 in ((p, p64), (q, q64)))  # of log_softmax itself
+    assert of_p + of_q < 1e-4
+    assert (tail_logprob(p_top).exp() - tail64).abs().max() <= of_p
+    assert (top_k_tail_reverse_kl(p_top, q_top) - top_k_tail_reverse_kl(p_top64, q_top64)).abs().max() <= of_p + of_q
+    assert (reverse_kl(p, q) - reverse_kl(p64, q64)).abs().max() <= of_p + of_q
 
 
 def test_the_sampled_estimate_cannot_be_differentiated() -> None:

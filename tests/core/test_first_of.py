@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 
 from katds.config import StopConfig
 from katds.core.collective import Solo
-from katds.core.stop.base import StopRule
+from katds.core.stop.base import RunFacts, StopRule
 from katds.core.stop.first_of import FirstOfRule
 from katds.core.stop.kat import KatRule
 from katds.core.stop.repetition import RepetitionRule
@@ -108,18 +108,25 @@ def test_an_audit_rollout_is_observed_to_its_end_by_all() -> None:
     assert both.metrics()["kat/min_window"] == pytest.approx(1.0)
 
 
-def test_a_rollout_that_another_rule_has_ended_is_not_complete_for_kat() -> None:
-    """Its threshold's source `completed` would else take the minimum of a prefix for that of a rollout."""
+def test_what_a_prefix_ends_is_complete_for_kat_as_what_the_maximum_length_ends() -> None:
+    """The same texts give the same threshold; what KAT has ended itself is in neither."""
 
-    def pushed(length: int) -> list[float]:
-        kat = KatRule(4, 1, 2, 3, AdaptiveThreshold(0.3, 64, 1, 0), "completed")
-        both = FirstOfRule([kat, PrefixRule(12)])
-        play(both, request(0), [0] * length, [1.0] * length, 5)
-        both.finish_step(Solo(), 0, 1)
+    def pushed(rule: StopRule, kat: KatRule, limit: int) -> list[float]:
+        texts = [[1.0] * 9, [1.0] * 7 + [0.6] * 23, [1.0] * 6 + [0.2] * 24, [0.9] * 30]
+        for i, text in enumerate(texts):
+            play(rule, request(i), [0] * min(len(text), limit), text[:limit], 5)
+        rule.finish_step(Solo(), 0, len(texts))
         minima: list[float] = kat.state_dict()["minima"]
         return minima
 
-    assert pushed(11) == [1.0] and pushed(30) == []
+    def kat() -> KatRule:
+        threshold = AdaptiveThreshold(0.3, 64, 1, 0)
+        threshold.value = 0.5
+        return KatRule(4, 1, 2, 3, threshold, "completed")
+
+    first, second = kat(), kat()
+    assert pushed(FirstOfRule([first, PrefixRule(12)]), first, 30) == pushed(second, second, 12)
+    assert first.state_dict()["minima"] == [1.0, 0.6, 0.9], "the third is ended by KAT"
 
 
 def test_reasons_needs_and_metrics_are_those_of_all() -> None:
@@ -146,3 +153,10 @@ def test_a_rule_that_leaves_holes_stands_alone() -> None:
     rules = [{"kind": "prefix", "tokens": 500}, {"kind": "kat", "supervise": "after"}]
     with pytest.raises(ValueError, match=r"stop.rules\[1\] ends no rollout but leaves a hole"):
         section(rules=rules).check(4096, 1.0, 0.1)
+
+
+def test_what_a_rule_will_not_do_is_told_by_its_place() -> None:
+    rules = [{"kind": "prefix", "tokens": 9}, {"kind": "kat"}]
+    section = TypeAdapter(StopConfig).validate_python({"kind": "first_of", "rules": rules})
+    (doubt,) = section.doubts(RunFacts(0, 3, 128, 1, 1 / 16))
+    assert doubt.startswith("stop.rules[1]: stop.kind kat will end no rollout")

@@ -15,11 +15,14 @@ from hypothesis import strategies as st
 from local_ranks import LocalRank, run_local
 
 from katds.core.collective import Solo
-from katds.core.stop.kat import KatRule, KatSettings, Source, Supervise
+from katds.core.stop.base import RunFacts
+from katds.core.stop.kat import KatRule
+from katds.core.stop.kat_settings import KatSettings, Source, Supervise
 from katds.core.threshold import AdaptiveThreshold
 from katds.core.types import Cut, Prompt, RolloutRequest
 from katds.core.windows import WindowMeans
 from katds.errors import DesyncError
+from katds.rollout.requests import in_audit
 
 PROMPT = Prompt(index=0, token_ids=(1,))
 
@@ -369,3 +372,34 @@ def test_open_or_foreign_rollouts_are_noticed() -> None:
     rule.end(request(0), terminated=False)
     with pytest.raises(AssertionError, match="not of this step"):
         rule.finish_step(Solo(), 1, 1)
+
+
+@settings(max_examples=200)
+@given(
+    steps=st.integers(1, 12), per_step=st.integers(1, 9), updates=st.integers(1, 4), audit=st.sampled_from([0.0, 0.125, 0.5]),
+    entries=st.integers(1, 40), min_steps=st.integers(0, 20), source=st.sampled_from(["auto", "audit", "completed"]),
+)  # fmt: skip
+def test_a_threshold_that_comes_too_late_is_told(
+    steps: int, per_step: int, updates: int, audit: float, entries: int, min_steps: int, source: str
+) -> None:
+    """There is a warning if and only if no step has a threshold although every rollout has a minimum."""
+    assume(source != "audit" or audit > 0)
+    queue = {"capacity": 40, "min_entries": entries, "min_steps": min_steps, "source": source}
+    section, facts = KatSettings.model_validate({"threshold": queue}), RunFacts(0, steps, per_step, updates, audit)
+    rule = KatRule.from_settings(section, facts)
+    warm = False
+    for step in range(steps):
+        warm = warm or "kat/threshold" in rule.metrics()
+        for id in range(step * per_step, (step + 1) * per_step):
+            judge(rule, request(id, in_audit(id, audit)), [1.0] * 64)
+        rule.finish_step(Solo(), step * per_step, per_step)
+    assert (section.doubts(facts) == []) == warm
+
+
+def test_the_warning_names_settings_and_remedy() -> None:
+    (doubt,) = KatSettings().doubts(RunFacts(0, 3, 128, 1, 1 / 16))
+    assert doubt == (
+        "stop.kind kat will end no rollout, as with stop.kind never: stop.threshold.min_steps 50 optimizer steps are not over before the "
+        "last of 3 steps x train.minibatches 1 and stop.threshold.min_entries 512 minima are more than the 256 at most before the last "
+        "step; lower stop.threshold.min_steps and stop.threshold.min_entries, or train longer"
+    )

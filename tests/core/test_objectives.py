@@ -51,12 +51,6 @@ CASES = _cases()
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_the_recipe_knows_who_reads_the_whole_vocabulary(case: SimpleNamespace) -> None:
-    method = OBJECTIVES[case.kind]
-    assert method.Settings(**vars(case)).reads_whole_vocabulary == (Need.FULL in method.from_settings(case).needs)
-
-
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_the_recipe_knows_who_aligns_text(case: SimpleNamespace) -> None:
     method = OBJECTIVES[case.kind]
     assert method.Settings(**vars(case)).aligns_text == (Need.CHUNKS in method.from_settings(case).needs)

@@ -117,8 +117,8 @@ def test_the_gradient_is_that_of_both_formulas() -> None:
 
 @pytest.mark.parametrize("kind", ["cross_tokenizer", "reopold"])
 def test_tokens_without_a_word_of_the_teacher_keep_the_reward(kind: str) -> None:
-    """Whichever tokens the objective leaves out: its own gradient is that of the others, the reward's that of all; also in tiles without
-    any of its own."""
+    """Whichever tokens the objective leaves out: its own gradient is that of the others, and weighs as much as if these were all that the
+    learner divides by; the reward's is that of all; also in tiles without any of its own."""
     torch.manual_seed(1)
     rows = sum(r.kept for r in ROLLOUTS)
     z = torch.randn(rows, 5, dtype=torch.float64, requires_grad=True)
@@ -150,7 +150,7 @@ def test_tokens_without_a_word_of_the_teacher_keep_the_reward(kind: str) -> None
     of_reward = of_both - grad(PolicyGradient(), signal, [torch.arange(rows)])
     of_inner = grad(inner[1], {**signal, **alone}, [learned.nonzero().squeeze(-1)])
     assert of_reward[~learned].abs().sum() > 0.1
-    torch.testing.assert_close(found, of_inner + of_reward)
+    torch.testing.assert_close(found / rows, of_inner / int(learned.sum()) + of_reward / rows)
 
 
 def test_it_asks_for_what_both_need() -> None:

@@ -7,8 +7,10 @@ import itertools
 import pytest
 import torch
 
+from katds.core.objectives.rows import has_nan
 from katds.core.teacher_signal import score_tile
-from katds.core.types import Field, Need
+from katds.core.types import FIELDS as OF_NEED
+from katds.core.types import LENGTH, Field, Need, Prompt, Rollout, RolloutBatch, RolloutRequest
 
 T, V, K = 5, 11, 3
 LOGPROBS = torch.randn(T, V, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
@@ -73,3 +75,36 @@ def test_no_rows() -> None:
 def test_what_cannot_be_served_is_an_error(actions, ids, top_k: int, needs: Need, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         score_tile(LOGPROBS, actions, ids, frozenset({needs}), top_k)
+
+
+def test_every_need_has_its_fields() -> None:
+    """Among them all that the teacher reports on a tile."""
+    assert set(OF_NEED) == set(Need)
+    assert all(fields <= set(OF_NEED[need]) for need, fields in FIELDS.items())
+
+
+@pytest.mark.parametrize("need", Need)
+@pytest.mark.parametrize("guided", [False, True])
+def test_a_score_that_is_not_a_number_is_found(need: Need, guided: bool) -> None:
+    """In any row of the student's and any field of the need; not in a teacher's row, nor in a field that nobody asked for."""
+    rollout = Rollout(
+        RolloutRequest(0, Prompt(0, (1,)), 9), [1, 2, 3], 3, LENGTH, prefix=(7,) if guided else (), guided=guided
+    )
+    rows = 3 + guided
+    for key in (
+        key for key in OF_NEED[need] if key not in (Field.STUDENT_TOP_IDS, Field.TEACHER_TOP_IDS, Field.CHUNK_TOKENS)
+    ):
+        for at in range(rows):
+            for bad in (torch.nan, -torch.inf):
+                scores = (
+                    torch.zeros(rows, 2)
+                    if key in (Field.STUDENT_TOP, Field.TEACHER_TOP, Field.HIDDEN)
+                    else torch.zeros(rows)
+                )
+                scores[at] = bad
+                signal = {key: scores, Field.STUDENT_TOP_IDS: torch.zeros(rows, 2, dtype=torch.int32)}
+                if guided:
+                    signal[Field.GUIDED] = torch.tensor([True, False, False, False])
+                batch, own = RolloutBatch([rollout], signal), not (guided and at == 0)
+                assert has_nan(batch, {need}) == (bad != -torch.inf and own)
+                assert not has_nan(batch, set(Need) - {need})

@@ -38,6 +38,7 @@ OBJECTIVE_SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "policy_gradient_clipped": ("policy_gradient", {"importance_weight": "clipped"}),
     "tropd": ("tropd", {}),
     "tropd_clip": ("tropd", {"outliers": "clip"}),
+    "tropd_mask": ("tropd", {"outliers": "mask"}),
     "eopd": ("eopd", {}),
     "reopold_first": ("reopold", {"switch": 1.0}),
     "reopold_second": ("reopold", {"switch": 0.0}),
@@ -272,11 +273,12 @@ class PlainTeacher:
 
 
 def learner(
-    name: str, student: Any, teacher: Any, collective: Collective, budget: int, minibatches: int = 1
+    name: str, student: Any, teacher: Any, collective: Collective, budget: int, minibatches: int = 1, shards: Any = None
 ) -> Learner:
     return Learner(
         student, teacher, objective(name), collective, steps=1, seed=0, lr=lambda step: 0.0, temperature=TEMPERATURE,
         minibatches=minibatches, budget=budget, device=torch.device("cpu"), clock=lambda _: nullcontext(),
+        shards=shards,
     )  # fmt: skip
 
 

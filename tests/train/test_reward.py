@@ -12,8 +12,10 @@ from whole_runs import records, train
 from zoo import build_recipe
 
 from katds.config import Recipe
+from katds.data.grading import make_grader
 from katds.data.reward import graded, load_reward
 from katds.errors import ConfigError, KatdsError
+from katds.sections import MathGraderConfig
 
 MODULE = '''
 import math
@@ -68,6 +70,11 @@ def test_a_reward_that_is_no_number_ends_the_run(folder: Path, name: str, messag
 
 
 def test_the_grader_rewards_right_answers() -> None:
+    pytest.importorskip("math_verify")
+    by_value = graded(make_grader(MathGraderConfig()))
+    assert (
+        by_value("p", r"so it is $\boxed{\frac{1}{2}}$", "0.5") == 1.0 and by_value("p", r"$\boxed{2}$", "0.5") == 0.0
+    )
     reward = graded(lambda response, answer: response == answer)
     assert [reward("p", "4", "4"), reward("p", "4", "5"), reward("p", "4", None)] == [1.0, 0.0, 0.0]
 

@@ -17,11 +17,12 @@ Mix = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 class BehaviourSettings(Section):
     """Base of a policy's section of the recipe; subclasses declare `kind` and their settings."""
 
-    # Whether tokens of a response may come from another distribution than the student's, as `Behaviour.at` says.
+    # Whether tokens of a response may come from another distribution than the student's, as `Behaviour.at` says. It then takes one teacher
+    # that is lent whole for all of a phase; the recipe is checked for it.
     blends: ClassVar[bool] = True
 
-    def check(self, greedy: bool, gather: str, overlap: bool, several: bool) -> None:
-        """`several`: teachers. Raises ValueError (field, value, remedy) where the settings contradict the rollouts' or the teacher's."""
+    def check(self, greedy: bool) -> None:
+        """Raises ValueError (field, value, remedy) where the settings contradict the rollouts'; `greedy`: nothing is sampled."""
 
 
 class Behaviour(Protocol):

@@ -22,27 +22,19 @@ class BlendSettings(BehaviourSettings):
     budget: Rate = Field(0.1, description="KL(mu || p) of a token in the first step [nats]; not published")
     anneal: Share = Field(
         1.0,
-        description="share of the run in which the budget falls to 0, linearly; afterwards the student writes alone",
+        description="share of the run in which the budget falls to 0, linearly, which is not published; afterwards the student writes "
+        "alone",
     )
 
-    def check(self, greedy: bool, gather: str, overlap: bool, several: bool) -> None:
-        if several:
-            raise ValueError("behaviour.kind trb blends with one teacher, but teachers names more; remove them")
+    def check(self, greedy: bool) -> None:
         if greedy:
             raise ValueError("rollout.temperature is 0: a greedy policy cannot be blended; set it above 0")
-        if gather == "layer":
-            raise ValueError(
-                "behaviour.kind trb lets the teacher take every step beside the student, but teacher.gather layer would gather it "
-                "for each token; set teacher.gather to phase or once"
-            )
-        if overlap:
-            raise ValueError(
-                "behaviour.kind trb needs the teacher while the student writes; set rollout.overlap to false"
-            )
 
 
 class Blend(Behaviour):
     """mu ~ p^(1-b) q^b with KL(mu || p) = budget, or mu = q where the teacher is nearer than that.
+
+    Open, and chosen here: the budget of the first step, and that it falls linearly (settings).
 
     Args:
         budget: [nats], of step 0.

@@ -45,11 +45,6 @@ class ObjectiveSettings(Section):
     """Base of an objective's section of the recipe; subclasses declare `kind` and their settings."""
 
     @property
-    def reads_whole_vocabulary(self) -> bool:
-        """Whether the objective needs `Need.FULL`, and with it the teacher's head."""
-        return False
-
-    @property
     def aligns_text(self) -> bool:
         """Whether the objective needs `Need.CHUNKS`, and with it a teacher that reads text in its own tokens."""
         return False

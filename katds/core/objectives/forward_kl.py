@@ -26,10 +26,6 @@ class ForwardKlSettings(ObjectiveSettings):
         "teacher_top_k", description="teacher's top K plus a tail bucket, or the whole vocabulary"
     )
 
-    @property
-    def reads_whole_vocabulary(self) -> bool:
-        return self.support == "full"
-
 
 class ForwardKl(Objective):
     """sum_t KL(q_t || p_t), differentiated through p: over the teacher's top K plus a tail bucket, or the vocabulary.

@@ -28,7 +28,8 @@ class IwOpd(Objective):
     """sum_t w_t L_t with the clipped policy gradient L_t of the reward log q(y_t) - log p(y_t), and
     w_t = 1 + g (1 - sum_{s<=t} |A_s| / sum_s |A_s|).
 
-    A_s = log q(y_s) - log p(y_s) with p as written; the sums run over what is kept of the rollout. Open, and chosen here: the share
+    A_s = log q(y_s) - log p(y_s) with p as written; the sums run over what is kept of the rollout, tokens in its hole (`stop.supervise:
+    after`) included: the loss does not read these, but what follows them was written after them. Open, and chosen here: the share
     includes the token itself, so that the last one weighs 1; losses are divided by the number of tokens, not by their weights; DAPO's
     clip (0.2, 0.28).
     """

@@ -20,10 +20,6 @@ class JsdSettings(ObjectiveSettings):
     kind: Literal["jsd"] = "jsd"
     beta: Share = Setting(0.5, description="0 forward KL, 1 reverse KL (GKD, arXiv 2306.13649)")
 
-    @property
-    def reads_whole_vocabulary(self) -> bool:
-        return True
-
 
 class Jsd(Objective):
     """sum_t JSD_beta(p_t, q_t) over the whole vocabulary; beta 0 is the forward, 1 the reverse KL.

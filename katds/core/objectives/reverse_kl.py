@@ -26,16 +26,12 @@ class ReverseKlSettings(ObjectiveSettings):
         "student_top_k", description="student's top K plus a tail bucket (published), or the whole vocabulary (exact)"
     )
 
-    @property
-    def reads_whole_vocabulary(self) -> bool:
-        return self.support == "full"
-
 
 class ReverseKl(Objective):
     """sum_t KL(p_t || q_t), differentiated through p: over the student's top K plus a tail bucket, or the vocabulary.
 
     The K tokens are those that were the student's most probable ones when the rollout was written: p is read at the
-    ids in the signal.
+    ids in the signal. Open in the paper (whose top 64), and fixed here.
 
     Raises:
         ValueError: an unknown support.

@@ -12,6 +12,7 @@ from katds.core.collective import Collective
 from katds.core.objectives.aligned import aligned, gathered
 from katds.core.objectives.base import Objective, ObjectiveSettings, Progress
 from katds.core.objectives.clipped import clipped_policy_gradient
+from katds.core.objectives.rows import outside_holes
 from katds.core.types import Field, Need, Rollout, RolloutBatch, Signal
 
 
@@ -22,8 +23,10 @@ class Rewarded(Objective):
     one rollout (leave one out: unbiased, RLOO, arXiv 2402.14740). A rollout that a stop rule has ended, or would have ended but for the
     audit, has no outcome: it gets no advantage and is in no mean.
 
-    Tokens that the inner objective leaves out (`Field.LEARNED`) have the reward's term alone, and are counted: the sum of both is
-    divided by all tokens. The reward is of the whole rollout, whatever the teacher can say about a token.
+    Tokens that the inner objective leaves out (`Field.LEARNED`) have the reward's term alone. The loss is the mean of the inner one over
+    the tokens that it learns from, as without a reward, plus weight x the mean of the reward's over all: the learner divides by all
+    tokens, so inner sums are multiplied by the step's ratio of the two counts (with several updates a step: of the whole step).
+    The reward is of the whole rollout, whatever the teacher can say about a token.
 
     Args:
         weight: above 0, of the reward's term.
@@ -44,16 +47,21 @@ class Rewarded(Objective):
         self.teacher_writes = inner.teacher_writes  # type: ignore[misc]
         self.reads_prefix = inner.reads_prefix  # type: ignore[misc]
         self._mean: float | None = None
+        self._ratio = 1.0  # of all tokens to those that the inner objective learns from
 
     @classmethod
     def from_settings(cls, settings: Any) -> Self:
         raise TypeError("made around another objective")
 
     def prepare(self, batch: RolloutBatch, progress: Progress, collective: Collective) -> dict[Field, torch.Tensor]:
-        """Collective: the inner objective's fields, LEARNED as DISTILLED, and REWARD: one gather of three numbers per rollout."""
+        """Collective: the inner objective's fields, LEARNED as DISTILLED, and REWARD. Gathers three numbers per rollout, and two."""
         made = self._inner.prepare(batch, progress, collective)
+        own_tokens = (0, 0)
         if Field.LEARNED in made:
             made[Field.DISTILLED] = made.pop(Field.LEARNED)
+            own_tokens = _counts(batch, made[Field.DISTILLED])
+        total, distilled = (sum(part) for part in zip(*collective.gather(own_tokens), strict=True))
+        self._ratio = total / distilled if distilled else 1.0
         own = [(r.id, r.request.prompt.index, self._reward(r)) for r in batch.rollouts if r.cut is None]
         known = sorted(entry for part in collective.gather(own) for entry in part)
         advantages = leave_one_out(known)
@@ -65,7 +73,7 @@ class Rewarded(Objective):
 
     def tile(self, logprobs_TV: torch.Tensor, actions_T: torch.Tensor, signal: Signal) -> dict[str, torch.Tensor]:
         """The inner objective's sums, of the tokens that it learns from; "loss" with the reward's term."""
-        sums = self._distilled(logprobs_TV, actions_T, signal)
+        sums = {key: value * self._ratio for key, value in self._distilled(logprobs_TV, actions_T, signal).items()}
         logprobs_T = gathered(logprobs_TV, actions_T.unsqueeze(-1)).squeeze(-1)
         written_T = aligned(signal, Field.WRITTEN, logprobs_TV)
         advantage_T = aligned(signal, Field.REWARD, logprobs_TV)
@@ -87,6 +95,14 @@ class Rewarded(Objective):
     def metrics(self) -> Mapping[str, float]:
         """`reward/mean` of the complete rollouts of the last step."""
         return {**self._inner.metrics(), **({} if self._mean is None else {"reward/mean": self._mean})}
+
+
+def _counts(batch: RolloutBatch, distilled_T: torch.Tensor) -> tuple[int, int]:
+    """Tokens of this rank that the loss is divided by, and how many of them the inner objective learns from."""
+    counted = outside_holes(batch.rollouts).to(distilled_T.device)
+    if Field.GUIDED in batch.signal:
+        counted &= ~batch.signal[Field.GUIDED].to(counted.device)
+    return int(counted.sum()), int((counted & distilled_T).sum())
 
 
 def leave_one_out(known: list[tuple[int, int, float]]) -> dict[int, float]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 import torch
 
-from katds.core.types import Field, Rollout, RolloutBatch, require
+from katds.core.types import FIELDS, Field, Need, Rollout, RolloutBatch, require
 
 
 def rows_of(batch: RolloutBatch, key: Field) -> torch.Tensor:
@@ -32,3 +32,19 @@ def outside_holes(rollouts: Sequence[Rollout]) -> torch.Tensor:
             learned[start:end] = False
         at += rollout.rows
     return learned
+
+
+def has_nan(batch: RolloutBatch, needs: Set[Need]) -> bool:
+    """Whether a score that serves `needs`, of a token that the student wrote, is not a number. -inf is one: the other model may give a
+    token no chance.
+
+    The host waits once. What only one of the student's and the guided rows was scored for is nan in the other on purpose; see
+    `katds.rollout.prefix_rows`.
+    """
+    guided = batch.signal.get(Field.GUIDED)
+    own = slice(None) if guided is None else ~guided
+    asked = [batch.signal[key] for need in sorted(needs) for key in FIELDS[need] if key in batch.signal]
+    scores = [values[own] for values in asked if values.is_floating_point()]
+    # The largest value is nan if any is, and takes no memory of the size of the hidden states.
+    found = [values.amax().isnan() for values in scores if values.numel()]
+    return bool(found) and bool(torch.stack(found).any())

@@ -88,9 +88,12 @@ class Topd(Objective):
     `surface_weight`. At the others they really part: each following position i of the window is guided by the teacher's tokens j,
     w_ij = P_ij / sum_j P_ij along the transport plan P. Every other c_t is 1.
 
-    -log p(y'), y' drawn from q, is an unbiased sample of KL(q || p) plus the entropy of q where both read the same prefix: at the
-    state itself, were all its weight on y'_0. Elsewhere the plan decides which of the teacher's tokens stand for what it would have
-    said in place of the student's; there it is no estimate of a KL at one prefix.
+    The teacher's tokens are drawn as rollouts are: from q at rollout.temperature, filtered by top_p, top_k and min_p. Let q' be that.
+    -log p(y'), y' drawn from q', is an unbiased sample of KL(q' || p) plus the entropy of q' where both read the same prefix: at the
+    state itself, were all its weight on y'_0. Under a filter (top_p is 0.95 unless set) q' is not q, and the guidance draws p away from
+    what the filter cuts off; top_p 1 guides towards q. It is not refused, as objectives are whose gradient is an expectation over the
+    student's tokens: a teacher without its tail is still a teacher. Elsewhere the plan decides which of the teacher's tokens stand for
+    what it would have said in place of the student's; there it is no estimate of a KL at one prefix.
 
     Open, and chosen here:
     - KL(p || q) is on the student's top K and tail, as `reverse_kl`; a state's loss is its value when the rollout was written.

@@ -29,6 +29,10 @@ class StopSettings(Section):
         """Raises ValueError (field, value, remedy) where the settings contradict each other or the rollouts' (recipe section
         `rollout`)."""
 
+    def doubts(self, run: RunFacts) -> list[str]:
+        """What is allowed but hardly meant: a line each (fields, values, remedy), told when the run begins."""
+        return []
+
     def contents(self) -> str:
         """A digest of the files that the rule reads; empty where it reads none. Asked for before any model is loaded.
 

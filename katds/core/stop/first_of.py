@@ -61,6 +61,9 @@ class FirstOfSettings(StopSettings):
                 raise ConfigError(_placed(str(error), i)) from None
         return " ".join(filter(None, found))
 
+    def doubts(self, run: RunFacts) -> list[str]:
+        return [f"stop.rules[{i}]: {doubt}" for i, rule in enumerate(self.rules) for doubt in rule.doubts(run)]
+
 
 def _placed(message: str, i: int) -> str:
     """The message of a rule that takes itself for the only one: its settings by the names that they have in the list."""
@@ -80,7 +83,7 @@ class FirstOfRule(StopRule):
         self.rules = list(rules)
         self.reasons = tuple(dict.fromkeys(reason for rule in rules for reason in rule.reasons))
         self.needs_divergence = any(rule.needs_divergence for rule in rules)
-        self._cut: dict[int, bool] = {}  # by rollout id: whether there was a cut
+        self._winner: dict[int, int | None] = {}  # by rollout id: the place of the rule whose cut came first
 
     @classmethod
     def from_settings(cls, settings: Any, run: RunFacts) -> Self:
@@ -88,29 +91,33 @@ class FirstOfRule(StopRule):
         return cls([by_settings[type(section)].from_settings(section, run) for section in settings.rules])
 
     def begin(self, request: RolloutRequest) -> None:
-        self._cut[request.id] = False
+        self._winner[request.id] = None
         for rule in self.rules:
             rule.begin(request)
 
     def observe(self, request: RolloutRequest, tokens: Sequence[int], divergences: Sequence[float]) -> Cut | None:
         at, made = 0, None
-        while at < len(tokens) and not self._cut[request.id]:
-            made = self._show(request, tokens[at : at + 1], divergences[at : at + 1])
-            self._cut[request.id] = made is not None
+        while at < len(tokens) and self._winner[request.id] is None:
+            cuts = self._show(request, tokens[at : at + 1], divergences[at : at + 1])
+            self._winner[request.id] = next((i for i, cut in enumerate(cuts) if cut is not None), None)
+            made = next(filter(None, cuts), None)
             at += 1
         if request.audit:
             self._show(request, tokens[at:], divergences[at:])
         return made
 
-    def _show(self, request: RolloutRequest, tokens: Sequence[int], divergences: Sequence[float]) -> Cut | None:
-        """Every rule sees the tokens; returns the cut of the first that makes one."""
-        cuts = [rule.observe(request, tokens, divergences) for rule in self.rules]
-        return next((cut for cut in cuts if cut is not None), None)
+    def _show(self, request: RolloutRequest, tokens: Sequence[int], divergences: Sequence[float]) -> list[Cut | None]:
+        """Every rule sees the tokens; what each says."""
+        return [rule.observe(request, tokens, divergences) for rule in self.rules]
 
     def end(self, request: RolloutRequest, terminated: bool) -> tuple[int, int] | None:
-        """No hole: what lies behind the cut of another rule would move it in the audit group alone."""
-        del self._cut[request.id]
-        holes = [rule.end(request, terminated) for rule in self.rules]
+        """No hole: what lies behind the cut of another rule would move it in the audit group alone.
+
+        A rollout that one rule has ended is complete for the others, as one that has reached its maximum length is: else KAT's
+        threshold, beside a prefix, would come from the short rollouts alone.
+        """
+        winner = self._winner.pop(request.id)
+        holes = [rule.end(request, terminated and i == winner) for i, rule in enumerate(self.rules)]
         assert not any(holes), f"rollout {request.id} has the holes {holes} under several rules"
         return None
 

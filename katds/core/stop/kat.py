@@ -13,100 +13,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Self, get_args
 
 import torch
-from pydantic import Field
 
 from katds.core.collective import Collective
 from katds.core.stop.base import RunFacts, StopRule, StopSettings
+from katds.core.stop.kat_settings import KatSettings, Source, Supervise, warm_up
 from katds.core.threshold import AdaptiveThreshold
 from katds.core.types import Cut, RolloutRequest
 from katds.core.windows import WindowMeans
 from katds.errors import DesyncError
-from katds.settings import Count, Positive, Section
-
-Source = Literal["audit", "completed", "all"]
-Supervise = Literal["before", "agreement", "after"]
-REFILLS = 4  # so often must the audit group fill the queue in a run, or its minima are too old to be a threshold
-
-
-class ThresholdSettings(Section):
-    """KAT's threshold: a quantile of the smallest window divergences of recent rollouts."""
-
-    eta: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.3, description="the threshold is the 1-eta quantile of recent rollout minima"
-    )
-    capacity: Positive = Field(4096, description="minima kept (first in, first out)")
-    min_entries: Positive = Field(512, description="nothing is terminated before so many minima are known")
-    min_steps: Count = Field(50, description="nothing is terminated in the first so many optimizer steps")
-    source: Literal["auto", "audit", "completed", "all"] = Field(
-        "auto",
-        description="whose minima enter: the audit group's (unbiased), those of rollouts that ended by themselves "
-        "(biased high), all (biased low); auto: audit if it refills the queue four times in the run, else completed",
-    )
-
-
-class KatSettings(StopSettings):
-    """End a rollout once its windowed divergence stays below an adaptive threshold (arXiv 2606.09471)."""
-
-    kind: Literal["kat"] = "kat"
-    window: Positive = Field(64, description="W, tokens per window")
-    stride: Positive | None = Field(None, description="tokens between windows; default W/4")
-    persistence: Positive = Field(4, description="T, consecutive low windows that end a rollout")
-    min_kept: Count | None = Field(None, description="L0, no cut before this token; default 2W")
-    supervise: Supervise = Field(
-        "before",
-        description="the loss reads what precedes the trap (published); ablations: agreement adds the trap, and the rollout ends with "
-        "it; after reads all but the trap, and nothing is ended",
-    )
-    threshold: ThresholdSettings = ThresholdSettings()
-
-    @property
-    def leaves_hole(self) -> bool:
-        return self.supervise == "after"
-
-    @property
-    def resolved_stride(self) -> int:
-        return self.stride if self.stride is not None else max(1, self.window // 4)
-
-    @property
-    def resolved_min_kept(self) -> int:
-        return self.min_kept if self.min_kept is not None else 2 * self.window
-
-    def check(self, max_new_tokens: int, temperature: float, audit_fraction: float) -> None:
-        stride, min_kept, queue = self.resolved_stride, self.resolved_min_kept, self.threshold
-        limit = f"rollout.max_new_tokens {max_new_tokens}"
-        if self.window > max_new_tokens:
-            raise ValueError(f"stop.window {self.window} is longer than {limit}; lower stop.window")
-        if min_kept >= max_new_tokens:
-            raise ValueError(f"stop.min_kept {min_kept} leaves nothing to cut below {limit}; lower stop.min_kept")
-        # Windows end every `stride` tokens, from the first that may be low; at the very last token a rollout ends by itself.
-        later = math.ceil(min_kept / stride) + self.persistence - 1 + (self.supervise == "agreement")
-        soonest = self.window + later * stride
-        if soonest >= max_new_tokens:
-            raise ValueError(
-                f"stop.kind kat needs {soonest} tokens to end a rollout (stop.min_kept + stop.window + (stop.persistence - 1) x "
-                f"stop.stride, in whole strides), and more than these in {limit}; lower stop.window"
-            )
-        if audit_fraction == 1 and self.supervise != "after":
-            raise ValueError("rollout.audit_fraction is 1: no rollout could be ended; lower it")
-        if stride > self.window:
-            raise ValueError(
-                f"stop.stride {stride} is longer than stop.window {self.window}: tokens would go unseen; "
-                "lower stop.stride"
-            )
-        if queue.min_entries > queue.capacity:
-            raise ValueError(
-                f"stop.threshold.min_entries {queue.min_entries} is never reached with stop.threshold.capacity "
-                f"{queue.capacity}; raise stop.threshold.capacity"
-            )
-        if audit_fraction == 0 and queue.source == "audit":
-            raise ValueError(
-                "stop.threshold.source is 'audit' but rollout.audit_fraction is 0; raise rollout.audit_fraction"
-            )
-        if temperature == 0:
-            raise ValueError("rollout.temperature is 0: the divergence of a greedy policy is undefined; set it above 0")
 
 
 class _Track:
@@ -125,9 +42,18 @@ class _Track:
 class KatRule(StopRule):
     """Ends a rollout at the `persistence`-th consecutive low window and keeps what precedes the first of them.
 
+    d_t = KL(p_t || q_t) of response token t, on top 64 and a tail bucket; z_t = (d_{t-W+1} + .. + d_t) / W, for every `stride`-th t; low is
+    z_t < s_k, the 1-eta quantile of the last `capacity` rollout minima min_t z_t, as it was before step k (`core.threshold`).
+
+    Open, and settings here: the stride, L0, and whose minima enter (`source`). Open, and fixed: the 64 tokens are the student's, where
+    reverse KL has its weight and whose probabilities are known as they are written.
+
     The paper's ablation by stages adds the agreement stage, or what comes after it, back to the loss (`supervise`). Where that
     stage ends is [open]: here it is the tokens of all consecutive low windows of the run that fired; one that no window ends
     lasts to the end of the rollout. A later trap of the same rollout is left in.
+
+    With several teachers [open] one threshold is the quantile of all their minima. A teacher that agrees more with the student than the
+    others has more of its rollouts ended, and the threshold follows the mixture of prompts; a queue for each would be the other choice.
 
     Args:
         window: W, tokens per window.
@@ -176,13 +102,10 @@ class KatRule(StopRule):
 
     @classmethod
     def from_settings(cls, settings: Any, run: RunFacts) -> Self:
-        """`auto` becomes the audit group where that refills the queue often enough; optimizer steps become steps."""
+        """See `warm_up`."""
         queue = settings.threshold
-        steps = -(-queue.min_steps // run.updates_per_step)
+        steps, source = warm_up(settings, run)
         threshold = AdaptiveThreshold(queue.eta, queue.capacity, queue.min_entries, steps)
-        audited = run.steps * run.rollouts_per_step * run.audit_fraction
-        auto: Source = "audit" if audited >= REFILLS * queue.capacity else "completed"
-        source = auto if queue.source == "auto" else queue.source
         stride, min_kept = settings.resolved_stride, settings.resolved_min_kept
         return cls(settings.window, stride, settings.persistence, min_kept, threshold, source, settings.supervise)
 
