@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from messages import refused
 
-from katds.config import MatchGraderConfig, MathGraderConfig
 from katds.data import grading
 from katds.data.grading import make_grader, normalise
+from katds.sections import MatchGraderConfig, MathGraderConfig
 
 BOXED = make_grader(MatchGraderConfig())
 

@@ -132,6 +132,31 @@ def test_yarn_lengthens_the_context(pair: tuple[Path, Path]) -> None:
 
 @pytest.mark.parametrize(("which", "field"), [(0, "student.path"), (1, "teacher.path")])
 @pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "dynamic", "factor": 4.0},
+        {
+            "rope_type": "longrope",
+            "short_factor": [1.0] * 64,
+            "long_factor": [4.0] * 64,
+            "original_max_position_embeddings": 512,
+        },
+    ],
+)
+def test_angles_that_change_with_the_longest_text_limit_the_context(
+    pair: tuple[Path, Path], which: int, field: str, rope: dict[str, Any]
+) -> None:
+    """A rollout would depend on those beside it."""
+    for place, path in enumerate(pair):
+        edit(path / "config.json", max_position_embeddings=4096 if place == which else 8192)
+    longest = 4096 if rope["rope_type"] == "dynamic" else 512
+    edit(pair[which] / "config.json", rope_parameters=rope | {"rope_theta": 10000.0})
+    assert check(pair, new=longest - 100).context == longest
+    refused(lambda: check(pair, new=longest - 99), field, f"reads {longest} before its rotary angles change")
+
+
+@pytest.mark.parametrize(("which", "field"), [(0, "student.path"), (1, "teacher.path")])
+@pytest.mark.parametrize(
     ("changes", "pieces"),
     [
         ({"auto_map": {"AutoModel": "m.M"}}, ["auto_map", "remote code is never trusted"]),

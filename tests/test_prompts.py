@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from messages import refused
 from zoo import tokenizer
 
-from katds.config import DataConfig
 from katds.data.prompts import PromptSet, load_prompts
+from katds.sections import DataConfig
 
 TOKENIZER = tokenizer()
 ROWS: list[dict[str, Any]] = [{"prompt": f"w{i} w1", "answer": f"a{i}"} for i in range(5)]

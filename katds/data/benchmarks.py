@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from katds.config import BenchmarkConfig, DataConfig, Recipe
+from katds.config import Recipe
 from katds.data.prompts import PromptSet, load_prompts
 from katds.errors import ConfigError
+from katds.sections import BenchmarkConfig, DataConfig
 
 _ROOM = 1 << 24  # ids that a benchmark has to itself
 

@@ -7,8 +7,8 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from katds.config import GraderConfig, MatchGraderConfig, MathGraderConfig
 from katds.errors import ConfigError, first_sentence
+from katds.sections import GraderConfig, MatchGraderConfig, MathGraderConfig
 
 Grader = Callable[[str, str], bool]
 """(response, reference answer) -> right or wrong."""

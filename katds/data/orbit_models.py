@@ -150,10 +150,12 @@ def make_optimizers(model: Qwen3ForCausalLM) -> list[tuple[torch.optim.Optimizer
     """Muon for the matrices inside layers (it memorises products in half of AdamW's steps), AdamW for the rest."""
     import torch
 
+    from katds.data.muon import Muon
+
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name]
     rest = [p for name, p in model.named_parameters() if p.ndim != 2 or ".layers." not in name]
     return [
-        (torch.optim.Muon(matrices, weight_decay=WEIGHT_DECAY, momentum=0.95), PEAK_RATES["matrices"]),
+        (Muon(matrices, PEAK_RATES["matrices"], WEIGHT_DECAY, momentum=0.95), PEAK_RATES["matrices"]),
         (torch.optim.AdamW(rest, weight_decay=WEIGHT_DECAY, betas=(0.9, 0.98), fused=True), PEAK_RATES["rest"]),
     ]
 

@@ -14,11 +14,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from katds.config import DataConfig
 from katds.core.counter import key
 from katds.core.types import Prompt
 from katds.data.rows import read_rows
 from katds.errors import ConfigError, first_sentence
+from katds.sections import DataConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -219,9 +219,9 @@ def _answer(row: dict[str, Any], place: str, data: DataConfig) -> str | None:
 def _teacher(row: dict[str, Any], place: str, data: DataConfig, teachers: Sequence[str]) -> int:
     if not teachers or data.teacher_column is None:
         return 0
-    if data.teacher_column not in row:
-        _no_column(place, "data.teacher_column", data.teacher_column, list(row), "")
-    name = row[data.teacher_column]
+    name = _cell(row, data.teacher_column)
+    if name is _ABSENT:
+        _no_column(place, "data.teacher_column", data.teacher_column, _names(row), "")
     if name is None or not str(name).strip():
         return 0
     if str(name).strip() not in teachers:

@@ -1,4 +1,8 @@
-"""Task rewards: what a finished response is worth, by the grader or by a Python callable of the user's."""
+"""Task rewards: what a finished response is worth, by the grader or by a Python callable of the user's.
+
+Only rollouts that no stop rule has ended have a reward. Under a rule that ends nearly all of them, such as a short `prefix`, reward.weight
+changes next to nothing: how many ended by themselves is in stop/eos and stop/length, and `reward/mean` is missing from a step without any.
+"""
 
 from __future__ import annotations
 

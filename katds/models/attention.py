@@ -10,6 +10,7 @@ side by side, without an N x N mask.
 
 from __future__ import annotations
 
+from functools import partial
 from importlib.util import find_spec
 from itertools import pairwise
 
@@ -62,8 +63,9 @@ def attend(
         out = slots(q, key, value, scaling, sliding_window, plan)
     else:
         packed = _packed_varlen if flash else _packed_native if in_c else _packed_sdpa
+        over_all = partial(packed, scaling=scaling, window=sliding_window, plan=plan)
         k, v = key[0].transpose(0, 1), value[0].transpose(0, 1)
-        out = packed(q, k, v, scaling, sliding_window, plan)
+        out = over_all(q, k, v) if plan.shards is None else plan.shards.attend(over_all, q, k, v)
     return out.unsqueeze(0), None
 
 

