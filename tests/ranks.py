@@ -8,6 +8,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from functools import cache
 from typing import Any
 from unittest import mock
 
@@ -21,6 +22,7 @@ TIMEOUT_SECONDS = 120.0  # a hang is a failure
 
 def run_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """function(*args) on every rank of a world of `size`; returns the results in rank order. Results must be picklable."""
+    _import_once()
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         queue = context.Queue()
@@ -41,6 +43,17 @@ def run_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         if not ok:
             raise AssertionError(f"rank {rank} failed:\n{value}")
     return [results[rank][1] for rank in range(size)]
+
+
+@cache
+def _import_once() -> None:
+    """What every run would import anew after the fork, for 5 to 10 s: DeepSpeed's Muon compiles with torch._dynamo, its operators ask the
+    compiler what they could be made with."""
+    import datasets  # noqa: F401
+    import deepspeed.ops
+    import deepspeed.runtime.zero.muon.muon_optimizer
+
+    assert deepspeed.ops.__compatible_ops__
 
 
 def run_alone(device: str, function: Callable[..., Any], *args: Any) -> Any:

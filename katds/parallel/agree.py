@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TypeVar
 
 from katds.core.collective import Collective
-from katds.errors import ConfigError, DesyncError, KatdsError
+from katds.errors import ConfigError, DesyncError, KatdsError, first_sentence
 
 T = TypeVar("T")
 VISIBLE_SECONDS = 20.0  # network file systems show a new file with some delay
 
 
 def on_main(collective: Collective, action: Callable[[], T]) -> T:
-    """Collective: rank 0 acts, all ranks get the result or raise the same user error, which rank 0 alone reports."""
+    """Collective: rank 0 acts, all ranks get the result or raise the same user error."""
     outcome: tuple[T | None, KatdsError | None] = (None, None)
     if collective.rank == 0:
         try:
@@ -29,34 +29,41 @@ def on_main(collective: Collective, action: Callable[[], T]) -> T:
             outcome = (None, reason)
     value, failure = collective.gather(outcome)[0]
     if failure is not None:
-        failure.reported_by_main = True
-        raise failure
+        raise failure.everywhere()
     return value  # type: ignore[return-value]
 
 
-def together(collective: Collective, action: Callable[[], T], explain: Callable[[Exception], KatdsError]) -> T:
-    """Collective: every rank acts; where one fails, all raise the first failure as a user error."""
-    value, failure = None, None
+def together(
+    collective: Collective, action: Callable[[], T], explain: Callable[[Exception], KatdsError] | None = None
+) -> T:
+    """Collective: every rank acts; where one fails, all raise the first failure as a user error, which the rank reports that has it.
+
+    `explain` makes a user error of what another library raises. Without it, that is a bug, and its rank raises it as it is.
+    """
+    value, failure, bug = None, None, None
     try:
         value = action()
+    except KatdsError as error:
+        failure = error
     except Exception as error:
-        failure = error if isinstance(error, KatdsError) else explain(error)
-    failures = [f for f in collective.gather(failure) if f is not None]
-    if failures:
-        failures[0].reported_by_main = True
-        raise failures[0]
+        bug = None if explain else error
+        failure = explain(error) if explain else KatdsError(f"{type(error).__name__}: {first_sentence(error)}")
+    for rank, first in enumerate(collective.gather(failure)):
+        if first is not None:
+            raise bug or first.everywhere(reported_by=rank)
     return value  # type: ignore[return-value]
 
 
 def same_everywhere(collective: Collective, values: Mapping[str, object]) -> None:
     """Collective: raises DesyncError where a rank has read something else, e.g. an old file on one node."""
-    for rank, other in enumerate(collective.gather(dict(values))):
-        different = sorted(key for key in values.keys() | other.keys() if values.get(key) != other.get(key))
+    first, *others = collective.gather(dict(values))
+    for rank, other in enumerate(others, 1):
+        different = sorted(key for key in first.keys() | other.keys() if first.get(key) != other.get(key))
         if different:
             raise DesyncError(
-                f"{different[0]} is {values.get(different[0])!r} on rank {collective.rank} but {other.get(different[0])!r} on rank {rank}. "
+                f"{different[0]} is {first.get(different[0])!r} on rank 0 but {other.get(different[0])!r} on rank {rank}. "
                 "Give all nodes the same recipe, data and models."
-            )
+            ).everywhere()
 
 
 def visible_everywhere(collective: Collective, file: Path, field: str) -> None:
@@ -68,4 +75,4 @@ def visible_everywhere(collective: Collective, file: Path, field: str) -> None:
     if blind:
         raise ConfigError(
             f"{field}: rank {blind[0]} does not see {file}, which rank 0 has written. Put it on a file system that all nodes share."
-        )
+        ).everywhere()

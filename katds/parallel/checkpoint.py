@@ -18,8 +18,9 @@ from typing import Any
 from katds.cli import dump_recipe
 from katds.config import Recipe
 from katds.core.collective import Collective
-from katds.errors import CheckpointError, first_sentence
+from katds.errors import CheckpointError, Interrupted, first_sentence
 from katds.parallel.agree import together
+from katds.signals import SIGNALS
 
 TAG, _UNIVERSAL = "student", "universal"
 
@@ -113,7 +114,7 @@ def load(engine: Any, found: Found, collective: Collective) -> None:
 def make_universal(found: Found, collective: Collective) -> None:
     """Collective: rewrites the sharded state so that any number of ranks can read it. Done by rank 0, once per checkpoint."""
     target = found.folder / _UNIVERSAL
-    failure = None
+    failure, interrupted = None, False
     if collective.rank == 0 and not target.exists():
         partial = found.folder / f"{_UNIVERSAL}.partial"
         shutil.rmtree(partial, ignore_errors=True)
@@ -127,16 +128,21 @@ def make_universal(found: Found, collective: Collective) -> None:
             str(partial),
         ]
         done = subprocess.run(command, capture_output=True, text=True)
+        interrupted = -done.returncode in SIGNALS  # a scheduler sends them to all processes of a host
         if done.returncode == 0:
             partial.rename(target)
         else:
             failure = done.stderr.strip().splitlines()[-1:] or ["no message"]
-    failure = collective.gather(failure)[0]
+    failure, interrupted = collective.gather((failure, interrupted))[0]
+    if interrupted:
+        raise Interrupted(
+            f"{found.folder} was being converted for {collective.size} ranks when a signal came. The same command goes on."
+        ).everywhere()
     if failure:
         raise CheckpointError(
             f"run.resume: {found.folder} was written by {found.world_size} ranks and could not be converted for "
             f"{collective.size} ({failure[0]}). Resume on {found.world_size} ranks."
-        )
+        ).everywhere()
 
 
 def complete_steps(folder: Path) -> list[int]:

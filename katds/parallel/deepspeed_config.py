@@ -18,6 +18,9 @@ _RECIPE_OWNED = {
     "gradient_clipping": "train.optimizer.gradient_clip",
     "optimizer": "train.optimizer",
     "scheduler": "train.optimizer",
+    # With these DeepSpeed divides gradients by the ranks / sequence_parallel_size.
+    "sequence_parallel_size": "train.sequence_parallel",
+    "data_parallel_size": "train.sequence_parallel",
 }
 
 
@@ -45,6 +48,9 @@ def read_deepspeed_json(path: Path, field: str) -> dict[str, Any]:
         raise ConfigError(
             f"{field}: {path} does not set zero_optimization.stage to 3, the only stage that katds runs on."
         )
+    for key in ("offload_optimizer", "offload_param"):
+        if not isinstance(block := config["zero_optimization"].get(key, {}), dict):
+            raise ConfigError(f"{field}: {path} sets {key!r} to {block!r}; it must be a JSON object.")
     if config.get("fp16", {}).get("enabled"):
         raise ConfigError(
             f"{field}: {path} enables fp16, whose loss scaling katds does not support; use bf16 or neither."
@@ -74,3 +80,11 @@ def teacher_config(user: dict[str, Any]) -> dict[str, Any]:
     config = {key: value for key, value in user.items() if key not in ("data_types", "checkpoint")}
     zero = {k: v for k, v in config["zero_optimization"].items() if k != "offload_optimizer"}
     return {**config, "zero_optimization": zero, "train_micro_batch_size_per_gpu": 1, "steps_per_print": 10**9}
+
+
+def without_nvme(config: dict[str, Any]) -> dict[str, Any]:
+    """For weights that will not stay where they are read to: parameters on the host instead of on NVMe."""
+    zero = dict(config["zero_optimization"])
+    if (zero.get("offload_param") or {}).get("device") == "nvme":
+        zero["offload_param"] = {"device": "cpu"}
+    return {**config, "zero_optimization": zero}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import shutil
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from katds.cli import read_recipe
 from katds.errors import CheckpointError, ConfigError, first_sentence
 from katds.parallel.checkpoint import TAG, complete_steps
 from katds.parallel.deepspeed_config import model_dtype
-from katds.parallel.zero import save_config
+from katds.parallel.model_folder import save_config
 
 FOLDER = "model"  # below the checkpoint, with which it is pruned
 
@@ -63,15 +64,21 @@ def as_folder(source: ModelSource) -> Path:
         return source.base
     target = source.checkpoint / FOLDER
     if not target.exists():
-        partial = target.with_name(f"{FOLDER}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
+        # A name of its own: two evaluations of one checkpoint may begin together, and one must not take the other's half.
+        partial = target.with_name(f"{FOLDER}-{uuid.uuid4().hex}.partial")
         try:
             _write(source.checkpoint, source.base, partial)
         except Exception as error:  # DeepSpeed's and torch's own kinds
+            shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(
                 f"{source.checkpoint} cannot be put together ({type(error).__name__}: {first_sentence(error)}). Give another checkpoint."
             ) from error
-        partial.rename(target)
+        try:
+            partial.rename(target)
+        except OSError:
+            shutil.rmtree(partial)
+            if not target.exists():
+                raise
     return target
 
 

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from torch import nn
 
 from katds.models.causal import FlatCausalLM
@@ -47,15 +49,31 @@ class StudentView(_Twin):
     @contextmanager
     def open(self) -> Iterator[FlatCausalLM]:
         """Collective: gathers all parameters; on exit the gathered storage is released on every rank."""
-        with deepspeed.zero.GatheredParameters(self._parameters):
+        with self._whole() as whole:
             for owner, name, parameter in self._links:
-                owner._parameters[name] = nn.Parameter(parameter.data, requires_grad=False)
+                owner._parameters[name] = nn.Parameter(whole[parameter], requires_grad=False)
             try:
                 with torch.no_grad():
                     yield self._skeleton
             finally:
+                whole.clear()
                 for owner, name, _ in self._links:
                     owner._parameters[name] = None  # or the gathered storage would live on
+
+    @contextmanager
+    def _whole(self) -> Iterator[dict[nn.Parameter, torch.Tensor]]:
+        """Collective: every parameter's gathered storage. Those on NVMe are read one by one, and let go of before the next: DeepSpeed has
+        buffers for a few shards at a time only (offload_param.buffer_count)."""
+        shards: list[Any] = [parameter.ds_tensor for parameter in self._parameters]  # type: ignore[attr-defined]
+        if not any(shard.final_location == OffloadDeviceEnum.nvme for shard in shards):
+            with deepspeed.zero.GatheredParameters(self._parameters):
+                yield {parameter: parameter.data for parameter in self._parameters}
+            return
+        whole = {}
+        for parameter in self._parameters:
+            with deepspeed.zero.GatheredParameters([parameter]):
+                whole[parameter] = parameter.data
+        yield whole
 
 
 class StudentCopy(_Twin):

@@ -16,16 +16,21 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 import torch.nn.functional
 from deepspeed.runtime.zero.linear import zero3_linear_wrap
+from deepspeed.utils import groups
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.utils import logging as transformers_logging
 
 from katds.models.attention import NAME as ATTENTION
 from katds.models.causal import FlatCausalLM, HeadFunction
-from katds.parallel.deepspeed_config import model_dtype, student_config, teacher_config
+from katds.parallel.deepspeed_config import model_dtype, student_config, teacher_config, without_nvme
+from katds.parallel.model_folder import gathered_state, save_config
+from katds.parallel.offload import offload_device
+from katds.parallel.shards import compared_within, reshard
 from katds.parallel.view import StudentCopy, StudentView
 
 
@@ -80,7 +85,7 @@ class ZeroStudent:
     def export(self, folder: Path, tokenizer: Any, end_tokens: Sequence[str] = ()) -> None:
         """Collective: writes a Hugging Face folder from rank 0 in the model's dtype. `end_tokens`: rollout.end_tokens, which end its
         responses from now on."""
-        with _gathered_state(self.engine.module.model) as state:
+        with gathered_state(self.engine.module.model) as state:
             if state is not None:
                 partial = folder.with_name(f"{folder.name}.partial")
                 shutil.rmtree(partial, ignore_errors=True)
@@ -96,10 +101,16 @@ class ZeroFrozen:
     Args:
         gather: what scoring reads: "layer" gathers each layer in every forward, "phase" all weights once per rollout phase,
             "once" all of them for good; see `teacher.gather` of the recipe.
+
+    Attributes:
+        ranks: how many neighbours, this one among them, share a set of shards. A collective, below, is one of theirs.
     """
 
     def __init__(self, engine: Any, vocabulary: int, gather: str) -> None:
         self.engine = engine
+        group = next(engine.module.parameters()).ds_process_group
+        self.ranks = group.size()
+        self._block = group if self.ranks < dist.get_world_size() else None
         self._gather = gather
         skeleton = _skeleton(engine.module.model, vocabulary)
         self._copy = StudentCopy(engine.module, skeleton) if gather == "once" else None
@@ -136,7 +147,7 @@ class ZeroFrozen:
         rows: torch.Tensor | None = None,
         cache: Any = None,
     ) -> Any:
-        with torch.no_grad():
+        with torch.no_grad(), nullcontext() if self._block is None else compared_within(self._block):
             return self.engine(
                 input_ids=input_ids, position_ids=position_ids, plan=plan, head=head, rows=rows, cache=cache
             )
@@ -178,10 +189,25 @@ def load_student(
     return ZeroStudent(engine, skeleton, path, keep_copy, not checkpointing and _released(engine))
 
 
-def load_frozen(path: Path, user_config: dict[str, Any], vocabulary: int, gather: str = "layer") -> ZeroFrozen:
-    """Collective: reads the folder at `path` under ZeRO-3, without optimizer and gradients."""
+def load_frozen(
+    path: Path,
+    user_config: dict[str, Any],
+    vocabulary: int,
+    gather: str = "layer",
+    block: dist.ProcessGroup | None = None,
+) -> ZeroFrozen:
+    """Collective: reads the folder at `path` under ZeRO-3, without optimizer and gradients.
+
+    With `block` each block of ranks has shards of the whole model; its collectives are then those of the block, but for this one.
+    """
     config = teacher_config(user_config)
-    model = FlatCausalLM(_read(path, config), vocabulary).requires_grad_(False)
+    if block is None or block.size() == dist.get_world_size():
+        inner = _read(path, config)
+    else:
+        inner = _read(path, without_nvme(config))
+        with _linear_as(torch.nn.functional.linear):
+            reshard(inner, block, copy.deepcopy(config))
+    model = FlatCausalLM(inner, vocabulary).requires_grad_(False)
     engine, *_ = deepspeed.initialize(model=model, config=config)
     engine.eval()
     return ZeroFrozen(engine, vocabulary, gather)
@@ -190,6 +216,9 @@ def load_frozen(path: Path, user_config: dict[str, Any], vocabulary: int, gather
 def _read(path: Path, config: dict[str, Any]) -> nn.Module:
     """from_pretrained under ZeRO-3: transformers partitions each weight as soon as it is read."""
     transformers_logging.disable_progress_bar()  # one bar per rank and model would bury the run's own lines
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = (
+        None  # of hpZ: DeepSpeed makes one per process, and asserts that there is none yet
+    )
     keep_alive = HfDeepSpeedConfig(copy.deepcopy(config))
     with _linear_as(torch.nn.functional.linear):  # zero.Init replaces it for the whole process and for good
         model = AutoModelForCausalLM.from_pretrained(
@@ -239,38 +268,8 @@ def _skeleton(model: nn.Module, vocabulary: int) -> FlatCausalLM:
 
 def _adamw(model: nn.Module, config: dict[str, Any], settings: Any) -> torch.optim.Optimizer:
     arguments = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps, "weight_decay": settings.weight_decay}
-    if "offload_optimizer" in config["zero_optimization"]:
+    if offload_device(config, "offload_optimizer") != "none":
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(model.parameters(), **arguments)
     return torch.optim.AdamW(model.parameters(), fused=True, **arguments)
-
-
-@contextmanager
-def _gathered_state(model: nn.Module) -> Iterator[dict[str, torch.Tensor] | None]:
-    """Collective: the full state dict on the CPU of rank 0, one parameter at a time on the device; None elsewhere."""
-    is_main = torch.distributed.get_rank() == 0
-    whole: dict[nn.Parameter, torch.Tensor] = {}
-    for parameter in model.parameters():
-        with deepspeed.zero.GatheredParameters([parameter]):
-            if is_main:
-                whole[parameter] = parameter.data.detach().cpu().clone()
-    # Tied weights share one tensor under both names, so that they are written once.
-    yield {name: whole[p] for name, p in model.named_parameters(remove_duplicate=False)} if is_main else None
-
-
-def save_config(source: Path, folder: Path, tokenizer: Any, end_tokens: Sequence[str]) -> None:
-    """Writes all of a model's folder but its weights."""
-    config = AutoConfig.from_pretrained(source)
-    config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    given = (source / "generation_config.json").exists()
-    generation = (
-        GenerationConfig.from_pretrained(source) if given else GenerationConfig(eos_token_id=config.eos_token_id)
-    )
-    if end_tokens:
-        known = generation.eos_token_id
-        ids = {*(known if isinstance(known, list) else [known]), *tokenizer.convert_tokens_to_ids(list(end_tokens))}
-        generation.eos_token_id = sorted(ids - {None})
-    if given or end_tokens:
-        generation.save_pretrained(folder)

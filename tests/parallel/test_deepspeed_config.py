@@ -43,6 +43,8 @@ def test_both_precisions_are_shipped() -> None:
         (ZERO3 | {"gradient_accumulation_steps": 8}, ["train.micro_batch_tokens"]),
         (ZERO3 | {"optimizer": {}}, ["'optimizer'", "train.optimizer"]),
         (ZERO3 | {"scheduler": {}}, ["'scheduler'", "train.optimizer"]),
+        (ZERO3 | {"sequence_parallel_size": 2}, ["'sequence_parallel_size'", "train.sequence_parallel"]),
+        (ZERO3 | {"data_parallel_size": 2}, ["'data_parallel_size'", "train.sequence_parallel"]),
     ],
 )
 def test_what_katds_cannot_run_is_refused(tmp_path: Path, content: Any, pieces: list[str]) -> None:

@@ -15,7 +15,7 @@ from test_whole_runs import assert_same_as_tensorboard
 from whole_runs import full_run, rankless, records, timeless, train, weights
 from zoo import build_model, build_recipe, once, shared_folder
 
-from katds import run
+from katds import run, startup
 from katds.config import Recipe
 from katds.core.collective import Solo
 from katds.errors import CheckpointError
@@ -46,6 +46,8 @@ def killed(base: Path, size: int, name: str) -> dict[str, Any]:
     text = (folder / "metrics.jsonl").read_text().splitlines()
     last = next(i for i, line in enumerate(text) if json.loads(line)["step"] == 3)
     (folder / "metrics.jsonl").write_text("\n".join([*text[:last], text[last][:40]]))
+    drawn = (folder / "timeline.jsonl").read_text()
+    (folder / "timeline.jsonl").write_text(drawn[:-30])  # torn as well
     recipe = json.loads((base / "recipe.json").read_text())
     recipe["run"] |= {"name": name, "resume": True}
     return recipe
@@ -71,6 +73,11 @@ def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(base: Path, tmp_path: 
     assert [timeless(r) for r in records(resumed)] == [timeless(r) for r in records(full)]
     assert_same_as_tensorboard(resumed)
     assert (resumed / "lengths.jsonl").read_bytes() == (full / "lengths.jsonl").read_bytes()
+    drawn = [[json.loads(line) for line in (f / "timeline.jsonl").read_text().splitlines()] for f in (resumed, full)]
+    assert [line["step"] for line in drawn[0]] == [0, 1, 2, 3] and drawn[0][:2] == drawn[1][:2]
+    assert [[p[0] for p in line["ranks"]["1"]] for line in drawn[0]] == [
+        [p[0] for p in line["ranks"]["1"]] for line in drawn[1]
+    ]
     assert same(weights(resumed), weights(full))
     for file in sorted((full / "rollouts").iterdir()):
         assert (resumed / "rollouts" / file.name).read_bytes() == file.read_bytes()
@@ -211,7 +218,7 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def claim(recipe: dict[str, Any]) -> checkpoint.Found | None:
     made = Recipe.model_validate(recipe)
-    return run._claim(made.run.folder / made.run.name, made, identity(made, read_inputs(made)))
+    return startup.claim(made.run.folder / made.run.name, made, identity(made, read_inputs(made)))
 
 
 def with_change(recipe: dict[str, Any], section: str, change: dict[str, Any]) -> dict[str, Any]:
