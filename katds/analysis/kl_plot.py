@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from katds.analysis.records import read_records
 from katds.errors import ConfigError
 
 Row = dict[str, Any]
@@ -21,7 +21,7 @@ def read_rollouts(folder: Path) -> list[Row]:
     rows = []
     for file in sorted((folder / "rollouts").glob("step-*.jsonl")):
         step = int(file.stem.removeprefix("step-"))
-        rows += [{"step": step, **json.loads(line)} for line in file.read_text().splitlines()]
+        rows += [{"step": step, **record} for record in read_records(file)]
     if not rows:
         raise ConfigError(
             f"{folder} holds no rollouts/step-*.jsonl. Give a run folder that was trained with run.rollout_samples above 0."
@@ -30,8 +30,8 @@ def read_rollouts(folder: Path) -> list[Row]:
 
 
 def choose(rows: Sequence[Row], count: int) -> list[Row]:
-    """Rollouts that show the rule at work: audit rollouts with a cut, those with most text behind it first."""
-    cut = [row for row in rows if row["audit"] and row["cut_at"] is not None]
+    """Rollouts that show the rule at work: audit rollouts with a cut, those with most text behind it first; then those with a hole."""
+    cut = [row for row in rows if (row["audit"] and row["cut_at"] is not None) or row.get("hole")]
     return sorted(cut, key=lambda row: (row["kept"] - row["tokens"], row["id"]))[:count]
 
 
@@ -62,16 +62,14 @@ def plot(rows: Sequence[Row], window: int, thresholds: dict[int, float], out: Pa
         )
         if row["step"] - 1 in thresholds:
             axis.axhline(thresholds[row["step"] - 1], color="#d94801", lw=1, ls="--", label="threshold of the step")
-        axis.axvspan(
-            row["kept"] + 0.5,
-            row["tokens"] + 0.5,
-            color="#fdd0a2",
-            alpha=0.5,
-            zorder=0,
-            lw=0,
-            label="dropped: the trap and what follows",
-        )
-        axis.axvline(row["cut_at"], color="#d94801", lw=1.5, label="KAT ends the rollout here")
+        for span, colour, label in (
+            ((row["kept"], row["tokens"]), "#fdd0a2", "dropped: the trap and what follows"),
+            (row.get("hole"), "#c7e9c0", "kept, but not learnt from"),
+        ):
+            if span and span[0] < span[1]:
+                axis.axvspan(span[0] + 0.5, span[1] + 0.5, color=colour, alpha=0.5, zorder=0, lw=0, label=label)
+        if row["cut_at"] is not None:
+            axis.axvline(row["cut_at"], color="#d94801", lw=1.5, label="KAT ends the rollout here")
         axis.set(yscale="log", ylim=(1e-5, 20), xlim=(0, row["tokens"] + 1), ylabel="nats")
         axis.set_title(f"step {row['step'] + 1}, {row['prompt']}", fontsize=9, loc="left")
     axes[-1, 0].set_xlabel("response token")
@@ -82,5 +80,5 @@ def plot(rows: Sequence[Row], window: int, thresholds: dict[int, float], out: Pa
 
 def thresholds_by_step(folder: Path) -> dict[int, float]:
     """`kat/threshold` as each step's end set it; step k is judged by that of step k - 1."""
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {record["step"]: record["kat/threshold"] for record in records if "kat/threshold" in record}
+    records = read_records(folder / "metrics.jsonl")
+    return {record["step"]: record["kat/threshold"] for record in records if record.get("kat/threshold") is not None}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -14,10 +14,14 @@ class Clock:
 
     On CUDA the device is synchronised at the ends of top-level phases only, so that inner ones show where the host waits without
     slowing the run. With `exact`, which is for benchmarks, it is synchronised at the ends of all, and inner ones show what they take.
+
+    Args:
+        heard: told of each phase that has ended: its path, begin and end by `time.perf_counter`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, heard: Callable[[str, float, float], None] = lambda path, began, ended: None) -> None:
         self.exact = False
+        self._heard = heard
         self._seconds: dict[str, float] = {}
         self._path: list[str] = []
 
@@ -31,7 +35,9 @@ class Clock:
             yield
         finally:
             self._settle()
-            self._seconds[key] = self._seconds.get(key, 0.0) + time.perf_counter() - start
+            end = time.perf_counter()
+            self._seconds[key] = self._seconds.get(key, 0.0) + end - start
+            self._heard(key, start, end)
             self._path.pop()
 
     def take(self) -> dict[str, float]:

@@ -1,26 +1,27 @@
-"""What a run leaves behind: TensorBoard events, metrics.jsonl, lengths.jsonl, a console line and a progress bar per step, rollout
-samples.
+"""What is told of a run while it trains: a console line and a progress bar per step here, all else by writers and the timeline.
 
 Only rank 0 writes. Totals over the run live here, and travel with checkpoints.
 """
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
+import torch
 from tqdm import tqdm
 
-from katds.core.lengths import FILE as LENGTHS
+from katds.core.collective import Collective
 from katds.core.lengths import StepLengths
 from katds.core.types import Rollout
 from katds.train.clock import Clock
+from katds.train.memory import peak_memory_bytes
+from katds.train.samples import Sample
 from katds.train.statistics import Sums, add, saved_fraction
+from katds.train.timeline import Timeline
+from katds.train.writers import Writer
 
 STEP_PHASES = ("rollout", "learn", "report")  # together one training step; evaluation and checkpoints are counted apart
 _LEARNED = {
@@ -33,33 +34,39 @@ _LEARNED = {
 
 
 class Monitor:
-    """Writes the run folder.
+    """Keeps the totals, speaks on the console and tells the writers.
 
     Args:
-        start: first step of this process; what a broken-off run wrote from there on is dropped.
-        to_text: decodes token ids.
+        start: first step of this process.
+        describe: a rollout as it is shown.
+        rollout_samples: of a step that are shown.
+        writers: empty on all ranks but 0.
     """
 
-    def __init__(self, folder: Path, is_main: bool, start: int, steps: int, to_text: Any, rollout_samples: int) -> None:
-        self.clock = Clock()
+    def __init__(
+        self, timeline: Timeline, collective: Collective, device: torch.device, start: int, steps: int,
+        describe: Callable[[Rollout], Sample], rollout_samples: int, writers: Sequence[Writer],
+    ) -> None:  # fmt: skip
+        self.timeline = timeline
+        self.clock = Clock(timeline.heard)
         self.totals: Sums = {}
         self.active_totals: Sums = {}  # since the rule ended its first rollout
         self.seconds: dict[str, float] = {}
         self.last: dict[str, float] = {}
-        self._folder, self._is_main, self._to_text, self._samples = folder, is_main, to_text, rollout_samples
-        self._steps = steps
-        self._writer: SummaryWriter | None = None
-        if is_main:
-            (folder / "rollouts").mkdir(parents=True, exist_ok=True)
-            evaluations = _drop_from(folder / "metrics.jsonl", start)
-            _drop_from(folder / LENGTHS, start)
-            again = start > 0 or any(folder.glob("events.out.tfevents*"))
-            self._writer = SummaryWriter(str(folder), purge_step=start if again else None)
-            for record in evaluations:  # TensorBoard drops them with the steps from `start` on
-                self._show(start, record)
+        self._collective, self._device, self._is_main = collective, device, collective.rank == 0
+        self._steps, self._describe, self._samples, self._writers = steps, describe, rollout_samples, writers
         self._bar = tqdm(
-            total=steps, initial=start, unit="step", disable=None if is_main else True, leave=False, dynamic_ncols=True
+            total=steps,
+            initial=start,
+            unit="step",
+            disable=None if self._is_main else True,
+            leave=False,
+            dynamic_ncols=True,
         )
+
+    def begin(self, step: int) -> None:
+        """Collective: a step begins, and the one before is over with all that followed it."""
+        self.timeline.begin(step)
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         return self.clock(name)
@@ -72,7 +79,7 @@ class Monitor:
         learned: Mapping[str, float],
         samples: Sequence[Rollout],
     ) -> None:
-        """Records one finished step."""
+        """Collective: records one finished step."""
         add(
             self.totals, {**sums, "learned": learned.get("tokens", 0.0)}
         )  # fewer than kept: holes, and what an objective leaves out
@@ -85,34 +92,34 @@ class Monitor:
         } | dict(metrics)
         record |= {f"time/{key}": value for key, value in seconds.items()}
         record["throughput/rollout_tokens_per_second"] = sums["tokens"] / wall if wall else 0.0
+        record["memory/peak_bytes"] = peak_memory_bytes(self._collective, self._device)
         if (saved := saved_fraction(self.totals)) is not None:
             record["rollout/saved_fraction_total"] = saved
         self.write(step, record)
         self.last = record
         if self._is_main:
             self.say(_line(step + 1, self._steps, record, wall))
-            self._write_samples(step, samples)
+            self._show(step, samples)
         self._bar.update()
 
     def write(self, step: int, record: Mapping[str, float]) -> None:
-        """Scalars of a step into TensorBoard and metrics.jsonl."""
-        if self._writer is None:
-            return
-        self._show(step, record)
-        with (self._folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"step": step, **record}) + "\n")
+        """Scalars of a step."""
+        for writer in self._writers:
+            writer.scalars(step, record)
 
     def lengths(self, step: int, record: StepLengths) -> None:
-        """The rollouts of a step into lengths.jsonl."""
-        if self._is_main:
-            with (self._folder / LENGTHS).open("a") as file:
-                file.write(record.line(step))
+        """How long the rollouts of a step were."""
+        for writer in self._writers:
+            writer.lengths(step, record)
 
-    def _show(self, step: int, record: Mapping[str, float]) -> None:
-        assert self._writer is not None
-        for key, value in record.items():
-            self._writer.add_scalar(key, value, step)
-        self._writer.flush()
+    def _show(self, step: int, samples: Sequence[Rollout]) -> None:
+        if not self._samples:
+            return
+        # Audit rollouts first: they show what lies behind the cut.
+        chosen = sorted(samples, key=lambda r: (not r.request.audit, r.id))[: self._samples]
+        shown = [self._describe(rollout) for rollout in chosen]
+        for writer in self._writers:
+            writer.samples(step, shown)
 
     def evaluation(self, step: int, scores: Mapping[str, float]) -> None:
         """Records an evaluation of the student after `step` steps."""
@@ -146,40 +153,42 @@ class Monitor:
         self.totals.setdefault("learned", self.totals.get("kept", 0.0))  # of a checkpoint from before it was counted
         self.last = dict(state["last"])
 
-    def close(self) -> None:
+    def stop(self) -> None:
+        """Collective: training is over, and the console is free."""
+        self.timeline.end()
         self._take_seconds()
         self._bar.close()
-        if self._writer is not None:
-            self._writer.close()
+
+    def close(self, summary: Mapping[str, Any] | None = None) -> None:
+        """Collective. `summary` is of a run that came to its end."""
+        self.stop()
+        for writer in self._writers:
+            if summary is not None:
+                writer.summary(summary)
+            writer.close()
+        self._writers = ()
+
+    @contextmanager
+    def told_of_failure(self) -> Iterator[None]:
+        """Around what an error may end: the writers are told before it goes on its way."""
+        try:
+            yield
+        except BaseException as error:
+            self.fail(isinstance(error, Exception))
+            raise
+
+    def fail(self, failed: bool = True) -> None:
+        """This rank's run ends here, by an error unless not `failed`. Other ranks do what they may; a writer has some seconds."""
+        writers, self._writers = self._writers, ()
+        for writer in writers:
+            with suppress(Exception):  # the error that is on its way says more
+                writer.close(failed)
 
     def say(self, line: str) -> None:
         """One line on rank 0, above the progress bar."""
         if self._is_main:
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
-
-    def _write_samples(self, step: int, samples: Sequence[Rollout]) -> None:
-        if not self._samples:
-            return
-        with (self._folder / "rollouts" / f"step-{step:06d}.jsonl").open("w") as file:
-            # Audit rollouts first: they show what lies behind the cut.
-            for rollout in sorted(samples, key=lambda r: (not r.request.audit, r.id))[: self._samples]:
-                file.write(json.dumps(_sample(rollout, self._to_text)) + "\n")
-
-
-def _sample(rollout: Rollout, to_text: Any) -> dict[str, Any]:
-    return {
-        "id": rollout.id,
-        "prompt": to_text(rollout.request.prompt.token_ids),
-        **({"prefix": to_text(rollout.prefix)} if rollout.prefix else {}),  # by the teacher
-        "response": to_text(rollout.response_ids),
-        "reason": rollout.reason,
-        "audit": rollout.request.audit,
-        "tokens": len(rollout.response_ids),
-        "kept": rollout.kept,
-        "cut_at": rollout.cut.at if rollout.cut else None,
-        "kl": [round(d, 5) for d in rollout.divergences],
-    }
 
 
 def _line(step: int, steps: int, record: Mapping[str, float], wall: float) -> str:
@@ -196,24 +205,3 @@ def _line(step: int, steps: int, record: Mapping[str, float], wall: float) -> st
         f"  threshold {show('kat/threshold', '{:8.2e}')}  lr {show('train/lr', '{:8.2e}')}"
         f"  {show('throughput/rollout_tokens_per_second', '{:7.0f}')} tok/s  {wall:5.2f} s"
     )
-
-
-def _drop_from(path: Path, start: int) -> list[dict[str, float]]:
-    """Forgets the records of steps that will be done again; returns the evaluations of the student after `start` steps,
-    which will not. A run that begins anew evaluates the untrained student again."""
-    if not path.exists():
-        return []
-    kept, evaluations = [], []
-    for line in path.read_text().splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # the last line of a killed run may be torn
-        step = record.pop("step")
-        evaluated = step == start > 0 and all(key.startswith("eval/") for key in record)
-        if step < start or evaluated:
-            kept.append(line)
-        if evaluated:
-            evaluations.append(record)
-    path.write_text("".join(line + "\n" for line in kept))
-    return evaluations

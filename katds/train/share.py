@@ -6,29 +6,32 @@ response, a prefix that the teacher wrote, and the teacher's signal, laid end to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 
 from katds.core.collective import Collective
-from katds.core.packing import Plan, imbalance, plan, transfers
+from katds.core.packing import Plan, Transfers, imbalance, plan, transfers
 from katds.core.types import Field, RolloutBatch, RolloutRequest
 
 
 @dataclass(slots=True)
 class Share:
-    """The rollouts that a rank learns from. `spans[i]` are the rows of rollout i in `actions` and `signal`; `leads[i]` the tokens
-    between its prompt and them that are only read, if there are any (int64)."""
+    """The rollouts that a rank learns from. `spans[i]` are the rows of rollout i in `actions`; `own[i]` those of its rows (0 is the first)
+    whose loss is this rank's, all but for sharers, and `places[i]` where in `signal` they are; `leads[i]` the tokens between its prompt
+    and its rows that are only read, if there are any (int64)."""
 
     micro_batches: list[list[int]]
     requests: Sequence[RolloutRequest]
     spans: dict[int, slice]
+    own: dict[int, range]
+    places: dict[int, slice]
     leads: dict[int, torch.Tensor]
     actions: torch.Tensor  # int64 [T], the token of each row
-    signal: dict[Field, torch.Tensor]
-    learned: torch.Tensor | None  # bool [T] on the host; None: all of them
+    signal: dict[Field, torch.Tensor]  # of the own rows, as is
+    learned: torch.Tensor | None  # bool on the host; None: all of them
     tokens: int  # learnt from, over all ranks, that the student wrote: what the sum of losses is divided by
     imbalance: float  # share of time that ranks wait for each other, by the packer's cost
 
@@ -77,23 +80,28 @@ def deal(
     attention_weight: float,
     collective: Collective,
     device: torch.device,
+    sharers: int = 1,
 ) -> Share:
     """Collective: packs the `chosen` requests (indices) into micro-batches and moves their rollouts there.
+
+    `sharers`: so many neighbouring ranks have the same micro-batches, of so many times the budget: all their tokens, but of the signal only
+    what belongs to a rank's own stretch.
 
     Rollouts with nothing to learn from are left out. Cost: one all-to-all per field of the signal.
     """
     taken = [i for i in chosen if kept.learned[i] > 0]
     lengths = [len(requests[i].prompt.token_ids) + kept.leads[i] + kept.rows[i] - 1 for i in taken]
     owners = [kept.owners[i] for i in taken]
-    packing = plan(lengths, owners, collective.size, budget, attention_weight)
+    groups = [owner // sharers for owner in owners]
+    packing = plan(lengths, groups, collective.size // sharers, sharers * budget, attention_weight).shared(sharers)
     counts, before = [kept.rows[i] for i in taken], [kept.leads[i] for i in taken]
     ids = [requests[i].id for i in taken]
-    actions, signal = _move(batch, ids, counts, packing, owners, collective, device)
+    stretches = _Stretches(packing, lengths, counts, sharers)
+    actions, signal = _move(batch, ids, counts, packing, owners, stretches, collective, device)
     received = [j for source in transfers(packing, owners, collective.rank).receive for j in source]
-    spans, at = {}, 0
-    for j in received:
-        spans[taken[j]] = slice(at, at + counts[j])
-        at += counts[j]
+    own = {taken[j]: stretches.rows(j, collective.rank) for j in received}
+    spans = dict(zip(own, _laid_out([counts[j] for j in received]), strict=True))
+    places = dict(zip(own, _laid_out(map(len, own.values())), strict=True))
     leads = {}
     if any(before):
         read = _move_leads(batch, ids, before, packing, owners, collective, device)
@@ -102,7 +110,35 @@ def deal(
     waiting = imbalance(packing, lengths, attention_weight)
     mask = signal.pop(Field.LEARNED, None)
     learned = None if mask is None else mask.cpu()
-    return Share(mine, requests, spans, leads, actions, signal, learned, sum(kept.counted[i] for i in taken), waiting)
+    tokens = sum(kept.counted[i] for i in taken)
+    return Share(mine, requests, spans, own, places, leads, actions, signal, learned, tokens, waiting)
+
+
+def _laid_out(counts: Iterable[int]) -> list[slice]:
+    """End to end."""
+    return [slice(start, stop) for start, stop in pairwise(accumulate(counts, initial=0))]
+
+
+class _Stretches:
+    """Which rows of a rollout have their loss on which of the ranks that share its micro-batch: the rank that has the input which predicts
+    them. Micro-batches lie end to end, and sharers have equal stretches of each; its last may be longer than what there is."""
+
+    def __init__(self, packing: Plan, lengths: Sequence[int], counts: Sequence[int], sharers: int) -> None:
+        self._counts, self._sharers = counts, sharers
+        self._firsts, self._sizes = (
+            [0] * len(lengths),
+            [0] * len(lengths),
+        )  # of a rollout: its first row, a stretch there
+        for members in (members for batches in packing.micro_batches[::sharers] for members in batches):
+            ends = list(accumulate(lengths[j] for j in members))
+            for j, end in zip(members, ends, strict=True):
+                self._firsts[j], self._sizes[j] = end - counts[j], -(-ends[-1] // sharers)
+
+    def rows(self, j: int, rank: int) -> range:
+        """Of rollout j, for a rank that has its micro-batch."""
+        begin = rank % self._sharers * self._sizes[j] - self._firsts[j]
+        start, stop = (min(max(at, 0), self._counts[j]) for at in (begin, begin + self._sizes[j]))
+        return range(start, stop)
 
 
 def _move(
@@ -111,20 +147,22 @@ def _move(
     counts: list[int],
     packing: Plan,
     owners: list[int],
+    stretches: _Stretches,
     collective: Collective,
     device: torch.device,
 ) -> tuple[torch.Tensor, dict[Field, torch.Tensor]]:
-    moves = transfers(packing, owners, collective.rank)
-    send = [sum(counts[j] for j in to) for to in moves.send]
-    receive = [sum(counts[j] for j in source) for source in moves.receive]
+    moves, send, receive = _routes(counts, packing, owners, collective)
     held, at = {}, 0
     for rollout in batch.rollouts:
         held[rollout.id] = (rollout, range(at, at + rollout.rows))
         at += rollout.rows
-    leaving = [held[ids[j]] for to in moves.send for j in to]
-    rows = torch.tensor([row for _, span in leaving for row in span], dtype=torch.int64, device=device)
-    tokens = torch.tensor([t for rollout, _ in leaving for t in rollout.row_ids], dtype=torch.int64, device=device)
-    actions = collective.exchange(tokens, send, receive)
+    tokens = [t for to in moves.send for j in to for t in held[ids[j]][0].row_ids]
+    actions = collective.exchange(torch.tensor(tokens, dtype=torch.int64, device=device), send, receive)
+    parts = [[(held[ids[j]][1], stretches.rows(j, rank)) for j in to] for rank, to in enumerate(moves.send)]
+    leaving = [row for part in parts for span, own in part for row in span[own.start : own.stop]]
+    rows = torch.tensor(leaving, dtype=torch.int64, device=device)
+    send = [sum(len(own) for _, own in part) for part in parts]
+    receive = [sum(len(stretches.rows(j, collective.rank)) for j in source) for source in moves.receive]
     signal = {}
     for key, shape, dtype in _layout(batch, collective):
         values = batch.signal[key][rows] if batch.signal else torch.empty(0, *shape, dtype=dtype, device=device)
@@ -142,11 +180,19 @@ def _move_leads(
     device: torch.device,
 ) -> torch.Tensor:
     """Collective: the prefixes that no row of the signal belongs to, as `_move` does with what is learnt from."""
-    moves = transfers(packing, owners, collective.rank)
+    moves, send, receive = _routes(counts, packing, owners, collective)
     held = {rollout.id: rollout.prefix for rollout in batch.rollouts if not rollout.guided}
     tokens = [t for to in moves.send for j in to for t in held.get(ids[j], ())]
-    send, receive = ([sum(counts[j] for j in part) for part in parts] for parts in (moves.send, moves.receive))
     return collective.exchange(torch.tensor(tokens, dtype=torch.int64, device=device), send, receive)
+
+
+def _routes(
+    counts: Sequence[int], packing: Plan, owners: Sequence[int], collective: Collective
+) -> tuple[Transfers, list[int], list[int]]:
+    """Which rollouts go where, and how many rows this rank sends to each rank and receives from each; `counts`: rows of a rollout."""
+    moves = transfers(packing, owners, collective.rank)
+    send, receive = ([sum(counts[j] for j in part) for part in parts] for parts in (moves.send, moves.receive))
+    return moves, send, receive
 
 
 def _layout(batch: RolloutBatch, collective: Collective) -> list[tuple[Field, tuple[int, ...], torch.dtype]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import resource
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -13,18 +12,11 @@ from typing import Any
 import torch
 
 from katds import __version__
-from katds.core.collective import Collective
+from katds.files import replace_text
 from katds.train.monitor import STEP_PHASES, Monitor
 from katds.train.statistics import false_termination_share, saved_fraction, saved_fraction_paired, terminated_fraction
 
 _PACKAGES = ("torch", "deepspeed", "transformers")
-
-
-def peak_memory_bytes(collective: Collective, device: torch.device) -> int:
-    """Collective: the largest peak of any rank: device memory on CUDA, resident memory elsewhere."""
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident
-    return int(collective.max(torch.tensor([peak])).item())
 
 
 def summarise(
@@ -60,6 +52,7 @@ def summarise(
         "terminated_share_since_first_termination": terminated_fraction(active) if active else None,
         "false_termination_share": false_termination_share(totals, graded),
         "audit_rollouts": int(totals["audit"]),
+        "audit_cut_graded": int(totals["audit_cut_graded"]),  # false_termination_share is of so many rollouts
         "threshold": monitor.last.get("kat/threshold"),
         "seconds": {key: round(value, 3) for key, value in sorted(monitor.seconds.items())},
         "training_seconds": loop,
@@ -75,7 +68,7 @@ def summarise(
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
     """Writes summary.json and prints the numbers that a reader looks for first."""
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    replace_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     print(f"\n{folder}: {summary['steps']} steps on {summary['ranks']} ranks")
     for name, text in _rows(summary):
         print(f"  {name:<34} {text}")

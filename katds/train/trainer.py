@@ -73,6 +73,7 @@ class Trainer:
 
     def step(self, step: int) -> None:
         """Collective: one training step. Neither evaluates nor saves."""
+        self.monitor.begin(step)
         requests = self.requests.step(step)
         with self.monitor.phase("rollout"):
             batch = self.engine.generate(requests, stream=step)

@@ -7,6 +7,7 @@ import math
 import re
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,24 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from local_ranks import run_local
+from local_ranks import LocalRank, run_local
 
 from katds.core import lengths
-from katds.core.collective import Solo
+from katds.core.collective import Collective, Solo
 from katds.core.lengths import StepLengths
 from katds.core.types import EOS, LENGTH, Cut, Prompt, Rollout, RolloutRequest
 from katds.errors import TrainingError
 from katds.train import statistics
 from katds.train.clock import Clock
 from katds.train.learner import _finite
+from katds.train.memory import peak_memory_bytes
 from katds.train.monitor import Monitor
+from katds.train.samples import describe
 from katds.train.schedule import cosine_with_warmup
-from katds.train.summary import peak_memory_bytes, summarise, write_summary
+from katds.train.step_file import StepFile
+from katds.train.summary import summarise, write_summary
+from katds.train.timeline import Timeline
+from katds.train.writers import Watched, folder_writers
 
 
 def test_schedule_by_hand() -> None:
@@ -94,7 +100,7 @@ ROLLOUTS = [
 
 
 def correct(of: Rollout) -> bool:
-    assert of.request.audit, "a rollout that was ended has no answer to grade"
+    assert not of.terminated, "a rollout that was ended has no answer to grade"
     return of.id in (3, 5)
 
 
@@ -138,8 +144,15 @@ def test_what_the_teacher_began_is_counted_apart() -> None:
     assert metrics == statistics.step_metrics(plain, graded=True) | {"rollout/prefix_mean": 4.5}
 
 
-def monitor(folder: Path, start: int = 0, steps: int = 20) -> Monitor:
-    return Monitor(folder, True, start, steps, lambda ids: " ".join(map(str, ids)), rollout_samples=2)
+def decode(ids: list[int]) -> str:
+    return " ".join(map(str, ids))
+
+
+def monitor(folder: Path, start: int = 0, steps: int = 20, collective: Collective | None = None) -> Monitor:
+    collective, shown = collective or Solo(), partial(describe, decode=decode, correct=correct)
+    writers = folder_writers(Watched(folder, "run", start, steps, "a: 1\n", {"a": 1})) if collective.rank == 0 else []
+    timeline = Timeline(folder, collective, start)
+    return Monitor(timeline, collective, torch.device("cpu"), start, steps, shown, 2, writers)
 
 
 LEARNED = {
@@ -182,18 +195,24 @@ def test_samples_are_as_many_as_asked(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "rollouts" / "step-000003.jsonl").read_text().splitlines()]
     assert [row["id"] for row in rows] == [3, 4]  # the audit group first: it shows what lies behind the cut
     assert rows[1] == {
-        "id": 4, "prompt": "5 6", "response": "7 " * 49 + "7", "reason": "eos", "audit": True, "tokens": 50, "kept": 10,
-        "cut_at": 20, "kl": [0.5] * 50,
+        "id": 4, "prompt": "5 6", "response": "7 " * 49 + "7", "pieces": ["7", *[" 7"] * 49], "reason": "eos", "right": False,
+        "audit": True, "tokens": 50, "kept": 10, "cut_at": 20, "kl": [0.5] * 50,
     }  # fmt: skip
 
 
 def test_only_rank_0_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    of = Monitor(tmp_path / "none", False, 0, 5, str, 2)
-    record(of, 0)
-    of.evaluation(1, {"avg@2": 0.5})
-    of.close()
-    assert not (tmp_path / "none").exists() and capsys.readouterr().out == ""
-    assert of.totals["rollouts"] == 6  # but knows the totals, which travel with checkpoints
+    def on_rank(rank: LocalRank) -> Monitor:
+        of = monitor(tmp_path / str(rank.rank), collective=rank)
+        of.begin(0)
+        record(of, 0)
+        of.evaluation(1, {"avg@2": 0.5})
+        of.close()
+        return of
+
+    _, other = run_local(2, on_rank)
+    assert [path.name for path in tmp_path.iterdir()] == ["0"]
+    assert capsys.readouterr().out.count("step ") == 1
+    assert other.totals["rollouts"] == 6  # but knows the totals, which travel with checkpoints
 
 
 def test_resume_drops_what_will_be_done_again(tmp_path: Path) -> None:
@@ -212,7 +231,17 @@ def test_resume_drops_what_will_be_done_again(tmp_path: Path) -> None:
     assert file.read_text().splitlines() == lines, "the evaluation after two steps belongs to them"
 
 
-def test_the_record_of_lengths_is_resumed_and_is_of_rank_0(tmp_path: Path) -> None:
+def test_a_record_that_is_cut_back_is_there_as_a_whole_at_any_moment(tmp_path: Path) -> None:
+    """A process that is killed while it resumes must not take along what all before it have recorded."""
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("".join(f'{{"step": {step}, "loss/total": 1}}\n' for step in range(9)))
+    with file.open() as before:
+        StepFile(file, 3)
+        assert len(before.readlines()) == 9, "the old file was not cut, but another put in its place"
+    assert len(file.read_text().splitlines()) == 3 and [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+def test_the_record_of_lengths_is_resumed(tmp_path: Path) -> None:
     steps = [StepLengths([n, 9], [n - 1, 9], ["kat", EOS]) for n in range(3, 7)]
     for start, done in ((0, 3), (2, 4)):  # killed in its fourth step, and resumed from two
         of = monitor(tmp_path, start=start)
@@ -220,8 +249,6 @@ def test_the_record_of_lengths_is_resumed_and_is_of_rank_0(tmp_path: Path) -> No
             of.lengths(step, steps[step])
         of.close()
     assert lengths.read(tmp_path) == steps
-    Monitor(tmp_path / "none", False, 0, 5, str, 2).lengths(0, steps[0])
-    assert not (tmp_path / "none").exists()
 
 
 def test_summary_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -247,7 +274,7 @@ def test_summary_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         "steps": 2, "ranks": 2, "rollouts": 8, "rollout_tokens": 440, "kept_tokens": 324, "learned_tokens": 248, "length_mean": 55.0,
         "saved_fraction": 1 - (160 / 4) / (280 / 4), "saved_fraction_since_first_termination": 1 - 20 / 60,
         "saved_fraction_paired": 70 / 280, "terminated_share": 2 / 8, "terminated_share_since_first_termination": 2 / 6,
-        "false_termination_share": 0.5, "audit_rollouts": 4, "threshold": 0.25, "training_seconds": 10.0,
+        "false_termination_share": 0.5, "audit_rollouts": 4, "audit_cut_graded": 2, "threshold": 0.25, "training_seconds": 10.0,
         "rollout_tokens_per_second": 44.0, "rollout_tokens_per_second_and_rank": 22.0, "peak_memory_bytes": 3 * 2**20,
     }  # fmt: skip
     assert {key: summary[key] for key in expected} == pytest.approx(expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -63,6 +64,7 @@ def check(
             expected = torch.tensor([token(i, t) for t in range(kept[i])])
             span = share.spans[i]
             assert torch.equal(share.actions[span], expected)
+            assert share.own[i] == range(kept[i]) and share.places[i] == span
             assert torch.equal(share.signal[Field.SAMPLED][span], expected.float())
             assert torch.equal(
                 share.signal[Field.STUDENT_TOP_IDS][span], torch.stack([expected, expected + 1], 1).int()
@@ -91,6 +93,38 @@ def test_every_kept_token_arrives_once_with_its_signal(
         chosen = list(range(minibatch, len(shapes), minibatches))
         shares = run_local(size, lambda rank, at=chosen: on_rank(rank, shapes, at, budget, torch.float32))
         check(shares, shapes, chosen, budget, torch.float32)
+
+
+@settings(max_examples=60, deadline=None, phases=[Phase.explicit, Phase.generate])
+@given(groups=st.integers(1, 2), sharers=st.integers(1, 3), shapes=ROLLOUTS, budget=st.integers(1, 40))
+def test_sharers_have_all_tokens_and_each_row_of_the_signal_once(
+    groups: int, sharers: int, shapes: list[Any], budget: int
+) -> None:
+    """The row of the rank that has the input which predicts its token."""
+    size = groups * sharers
+
+    def job(rank: LocalRank) -> Share:
+        batch, requests = batch_of(rank.rank, size, shapes, torch.float32)
+        known = survey(batch, requests, rank)
+        chosen = list(range(len(shapes)))
+        return deal(batch, requests, known, chosen, budget, DEFAULT_ATTENTION_WEIGHT, rank, CPU, sharers)
+
+    shares = run_local(size, job)
+    for group in range(groups):
+        sharing = shares[group * sharers : (group + 1) * sharers]
+        assert all(share.micro_batches == sharing[0].micro_batches for share in sharing)
+        for place, share in enumerate(sharing):
+            for members in share.micro_batches:
+                ends = list(accumulate(shapes[i][0] + shapes[i][1] - 1 for i in members))
+                for i, end in zip(members, ends, strict=True):
+                    kept = shapes[i][1]
+                    ids = torch.tensor([token(i, t) for t in range(kept)])
+                    assert torch.equal(share.actions[share.spans[i]], ids)
+                    stretch = -(-ends[-1] // sharers)
+                    own = [t for t in range(kept) if (end - kept + t) // stretch == place]
+                    assert list(share.own[i]) == own
+                    assert torch.equal(share.signal[Field.SAMPLED][share.places[i]], ids[own].float())
+    assert sum(len(share.signal.get(Field.SAMPLED, ())) for share in shares) == sum(kept for _, kept, *_ in shapes)
 
 
 SHAPES = [

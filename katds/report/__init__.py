@@ -1,0 +1,1 @@
+"""A run folder as one HTML page. Never imports katds.train: it reads what a run has written."""
