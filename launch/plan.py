@@ -2,6 +2,7 @@
 
 python launch/plan.py --config my.yaml --gpus 64 --gpu h200
 python launch/plan.py --config my.yaml --gpus 64 --gpu h200 --lengths runs/first --natural runs/first-never
+python launch/plan.py --config my.yaml --gpus 8 --gpu h200 --sweep rollout.slots=16,32 --sweep teacher.gather=layer,phase
 deepspeed --num_gpus 2 launch/plan.py --measure machine.json && python launch/plan.py --config my.yaml --gpus 2 --profile machine.json
 
 Reads the models' config.json, the prompts and DeepSpeed's files, and loads no weights. Any setting of the recipe is also a flag, as for
@@ -15,8 +16,13 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from katds.cli import load_recipe, run_main
+
+if TYPE_CHECKING:
+    from katds.config import Recipe
+    from katds.plan.hardware import Profile
 
 
 def main() -> None:
@@ -24,15 +30,41 @@ def main() -> None:
     if options.measure is not None:
         measure_here(options.measure)
         return
-    recipe = load_recipe(rest, "launch/plan.py", "Predict memory and time of a run.")
+    recipe = read_recipe(rest)
     # Imported late: a wrong flag is answered at once.
-    from katds.plan.hardware import find
+    from katds.plan.hardware import GIB, find
     from katds.plan.planning import Wishes, make_plan
     from katds.plan.report import as_json, text
 
-    profile = find(options.gpu, options.profile, options.gpus_per_node)
+    host = None if options.host_gib is None else options.host_gib * GIB
+    profile = find(options.gpu, options.profile, options.gpus_per_node, host)
+    if options.sweep:
+        sweep_settings(options, rest, profile)
+        return
     plan = make_plan(recipe, profile, Wishes(options.gpus, options.lengths, options.natural, options.scaling == "weak"))
     print(json.dumps(as_json(plan), indent=1) if options.json else text(plan), flush=True)
+
+
+def read_recipe(words: list[str]) -> Recipe:
+    return load_recipe(words, "launch/plan.py", "Predict memory and time of a run.")
+
+
+def sweep_settings(options: argparse.Namespace, rest: list[str], profile: Profile) -> None:
+    """A row for each combination."""
+    from katds.errors import ConfigError
+    from katds.plan.sweep import as_json, parse, sweep, text
+
+    if options.lengths or options.natural:
+        raise ConfigError(
+            "--sweep takes every rollout as long as it may be; remove --lengths and --natural, or --sweep."
+        )
+    settings = [parse(each) for each in options.sweep]
+    names = [name for name, _ in settings]
+    rows = sweep(settings, lambda flags: read_recipe([*rest, *flags]), profile, options.gpus)
+    print(
+        json.dumps(as_json(names, rows), indent=1) if options.json else text(names, rows, profile, options.gpus),
+        flush=True,
+    )
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -44,6 +76,14 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--gpu", metavar="NAME", help="h100, h200, a100-80, a100-40, b200, l40s or rtx4090")
     parser.add_argument("--profile", type=Path, metavar="FILE", help="of the device, in place of --gpu")
     parser.add_argument("--gpus-per-node", type=positive, metavar="N", help="default: 8, or the profile's")
+    parser.add_argument(
+        "--host-gib", type=positive, metavar="N", help="memory of a node's host (default: the profile's, or unknown)"
+    )
+    parser.add_argument(
+        "--sweep", action="append", default=[], metavar="SETTING=V,V",
+        help="a row for each value of a setting of the recipe, instead of a plan: memory, step, and how long a rollout may be; given "
+        "several times, for all combinations",
+    )  # fmt: skip
     parser.add_argument(
         "--lengths", type=Path, metavar="RUN", help="folder of a run, whose rollouts' lengths are taken"
     )

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from katds.plan.hardware import GIB, Profile
+from katds.plan.items import ALWAYS, LEARN, ROLLOUT, Item, Memory
 from katds.plan.job import Job
-from katds.plan.memory import LEARN, ROLLOUT, Memory, memory
+from katds.plan.memory import memory
 from katds.plan.models import ModelShape
 
 TOLERATED = 0.1  # share of a round that gathering the teacher may add
@@ -25,20 +26,24 @@ class Advice:
 
 
 def shortfalls(job: Job, found: Memory, profile: Profile) -> list[str]:
-    """A line for each phase that needs more than the device has."""
+    """A line for each phase that needs more than the device has, and for a node that needs more than its host has."""
     lines = []
     levers = {"rollout": _rollout_levers(job), "learning": _learn_levers(job)}
     for name, moments in (("rollout", ROLLOUT), ("learning", LEARN)):
         size, moment = found.peak(moments)
         if size > profile.usable:
-            largest = sorted(
-                (i for i in found.items if moment in i.moments and i.place == "device"), key=lambda i: -i.bytes
-            )[:3]
-            items = ", ".join(f"{item.name} {item.bytes / GIB:.1f}" for item in largest)
-            lines.append(
-                f"does not fit: {name} needs {size / GIB:.1f} GiB of {profile.usable / GIB:.1f} ({moment}: {items}); {levers[name]}"
-            )
+            needs = f"{name} needs {size / GIB:.1f} GiB of {profile.usable / GIB:.1f}"
+            lines.append(f"does not fit: {needs} ({moment}: {_listed(found.largest(moment))}); {levers[name]}")
+    size, moment = found.peak(ALWAYS, "cpu", job.on_node)
+    if 0 < profile.host_memory < size:
+        needs = f"a node's {job.on_node} ranks need {size / GIB:.1f} GiB of its host's {profile.host_memory / GIB:.1f}"
+        largest = _listed(found.largest(moment, "cpu"), job.on_node)
+        lines.append(f"does not fit: {needs} ({moment}: {largest}); take more nodes, or offload less")
     return lines
+
+
+def _listed(items: list[Item], ranks: int = 1) -> str:
+    return ", ".join(f"{item.name} {item.bytes * (1 if item.once else ranks) / GIB:.1f}" for item in items)
 
 
 def _rollout_levers(job: Job) -> str:
@@ -54,6 +59,8 @@ def _learn_levers(job: Job) -> str:
     levers = ["lower train.micro_batch_tokens"]
     if not job.recipe.train.activation_checkpointing:
         levers.append("set train.activation_checkpointing")
+    elif job.ranks > job.sharers:
+        levers.append("raise train.sequence_parallel")
     return _or([*levers, *_of_zero(job)])
 
 
@@ -67,8 +74,15 @@ def _or(levers: list[str]) -> str:
 
 
 def advice(job: Job, profile: Profile) -> list[Advice]:
-    """Slots and micro-batch as large as fit, one after the other, and a chunk."""
-    return [_slots(job, profile), _chunk(job, profile), _micro_batch(job, profile)]
+    """A chunk, with it slots and with both a micro-batch as large as fit: the three together fit, too. Where not even one rollout
+    fits, ranks that share it."""
+    chunk = _chunk(job, profile)
+    job = job.with_settings("rollout", chunk_tokens=chunk.value)
+    slots = _slots(job, profile)
+    if slots.value is not None:
+        job = job.with_settings("rollout", slots=slots.value)
+    micro_batch = _micro_batch(job, profile)
+    return [slots, chunk, micro_batch, *(_sharers(job, profile) if micro_batch.value is None else [])]
 
 
 def _slots(job: Job, profile: Profile) -> Advice:
@@ -76,21 +90,33 @@ def _slots(job: Job, profile: Profile) -> Advice:
         return memory(job.with_settings("rollout", slots=slots), ("rollout",)).peak(ROLLOUT)[0]
 
     most = job.rollouts
-    fits = _largest(peak, 1, most, profile.usable)
+    fits = largest_within(peak, 1, most, profile.usable)
     if fits is None:
         return Advice("rollout.slots", None, "not even one slot fits")
     why = "all rollouts of a rank at once" if fits == most else f"more would exceed {profile.usable / GIB:.1f} GiB"
     return Advice("rollout.slots", fits, why)
 
 
+def _sharers(job: Job, profile: Profile) -> list[Advice]:
+    """The fewest ranks that have memory to learn from the longest rollout together."""
+    for size in range(job.sharers + 1, job.ranks + 1):
+        if job.ranks % size or job.student.heads % size or job.student.kv_heads % size:
+            continue
+        shared = job.with_settings("train", micro_batch_tokens=1, sequence_parallel=size)
+        if memory(shared, ("learn",)).peak(LEARN)[0] <= profile.usable:
+            return [Advice("train.sequence_parallel", size, "ranks that can learn from the longest rollout together")]
+    return []
+
+
 def _micro_batch(job: Job, profile: Profile) -> Advice:
     longest = job.prompts.longest + job.recipe.rollout.max_new_tokens - 1
-    most = max(longest, -(-job.rollouts // job.recipe.train.minibatches) * longest)
+    most = -(-job.rollouts // job.recipe.train.minibatches) * longest
+    longest = -(-longest // job.sharers)
 
     def peak(tokens: int) -> int:
         return memory(job.with_settings("train", micro_batch_tokens=tokens), ("learn",)).peak(LEARN)[0]
 
-    fits = _largest(peak, longest, most, profile.usable)
+    fits = largest_within(peak, longest, most, profile.usable)
     if fits is None:
         return Advice(
             "train.micro_batch_tokens", None, f"the longest rollout, {longest} tokens, does not fit by itself"
@@ -111,7 +137,9 @@ def _chunk(job: Job, profile: Profile) -> Advice:
             work = shape.token_flops * slots * chunk / profile.flops
             read = shape.bytes / profile.bandwidth
             if teacher.gather == "layer":
-                read = max(read, profile.collective(shape.bytes, job.ranks, len(shape.sizes)))
+                read = max(read, profile.collective(shape.bytes, job.holders(teacher), len(shape.sizes)))
+                if teacher.zero.away:
+                    read = max(read, shape.bytes / job.holders(teacher) / profile.host_link)
             needed, extra = needed + work, extra + max(0.0, read - work)
         return needed + chunk * _token_step(job.student, profile, slots), extra
 
@@ -132,7 +160,7 @@ def _token_step(shape: ModelShape, profile: Profile, rows: int) -> float:
     )
 
 
-def _largest(peak: Callable[[int], int], low: int, high: int, limit: int) -> int | None:
+def largest_within(peak: Callable[[int], int], low: int, high: int, limit: int) -> int | None:
     """A number from `low` to `high` whose peak is within the limit, about as large as there is; None where there is none.
 
     The peak is a maximum of straight lines, so that between two of its points it is below their straight line: a guess on it fits, but

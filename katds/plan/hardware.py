@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+import math
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from katds.errors import ConfigError
@@ -27,6 +28,8 @@ class Profile:
         latency: of a collective, per doubling of the ranks.
         token_step: of a decode step beyond its arithmetic and memory: sampling's launches.
         overlaps: weights are gathered while others are multiplied with.
+        host_memory: of a node, bytes; 0: unknown. Its devices share it, and host_bandwidth, at which it is read or written.
+        host_link: between a device and its host, in one direction, while all devices use theirs. disk: of a node, read or written.
     """
 
     name: str
@@ -41,6 +44,10 @@ class Profile:
     token_step: float
     overlaps: bool
     source: str
+    host_memory: int = 0
+    host_bandwidth: float = 2e11
+    host_link: float = 2e10
+    disk: float = 5e9
 
     @property
     def usable(self) -> int:
@@ -65,13 +72,14 @@ class Profile:
 
 
 def _gpu(
-    name: str, mebibytes: int, teraflops: float, terabytes: float, inside: float, between: float, devices: int = 8
-) -> Profile:
-    """Gigabytes/s of the links, in one direction, per GPU. Shares of the peaks that are usually reached: assumed, not measured."""
+    name: str, mebibytes: int, teraflops: float, terabytes: float, inside: float, between: float, host: float, devices: int = 8
+) -> Profile:  # fmt: skip
+    """Gigabytes/s of the links, in one direction, per GPU; `host`: PCIe's. Shares of the peaks that are usually reached, and what a node's
+    memory and disks do: assumed, not measured."""
     return Profile(
         name, "cuda", mebibytes * 2**20, 0.5e12 * teraflops, 0.7e12 * terabytes, devices, 0.7e9 * inside, 0.7e9 * between, 1e-5,
         5e-4, True, f"data sheet: {teraflops:g} TFLOP/s bf16 x 0.5, {terabytes:g} TB/s x 0.7, links {inside:g} and {between:g} GB/s x 0.7 "
-        "(the shares are assumed)",
+        "(the shares are assumed)", host_link=0.7e9 * host,
     )  # fmt: skip
 
 
@@ -79,13 +87,13 @@ def _gpu(
 GPUS = {
     p.name: p
     for p in (
-        _gpu("h100", 81559, 989, 3.35, 450, 50),
-        _gpu("h200", 143771, 989, 4.8, 450, 50),
-        _gpu("a100-80", 81920, 312, 2.04, 300, 25),
-        _gpu("a100-40", 40960, 312, 1.56, 300, 25),
-        _gpu("b200", 183359, 2250, 7.7, 900, 50),
-        _gpu("l40s", 46068, 362, 0.864, 25, 12.5),
-        _gpu("rtx4090", 24564, 165, 1.01, 25, 3),
+        _gpu("h100", 81559, 989, 3.35, 450, 50, 64),
+        _gpu("h200", 143771, 989, 4.8, 450, 50, 64),
+        _gpu("a100-80", 81920, 312, 2.04, 300, 25, 32),
+        _gpu("a100-40", 40960, 312, 1.56, 300, 25, 32),
+        _gpu("b200", 183359, 2250, 7.7, 900, 50, 64),
+        _gpu("l40s", 46068, 362, 0.864, 25, 12.5, 32),
+        _gpu("rtx4090", 24564, 165, 1.01, 25, 3, 32),
     )
 }
 
@@ -95,14 +103,16 @@ def read_profile(path: Path) -> Profile:
     try:
         values = json.loads(path.read_text())
         profile = Profile(**values)
-        numbers = [value for value in asdict(profile).values() if isinstance(value, int | float)]
-        if min(numbers) < 0 or 0 in (
-            profile.flops,
-            profile.bandwidth,
-            profile.devices,
-            profile.inside,
-            profile.between,
+        numbers = [getattr(profile, field.name) for field in fields(Profile) if field.type in ("int", "float")]
+        if any(
+            isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value)
+            for value in numbers
         ):
+            raise ValueError("memory, devices, rates and times must be numbers")
+        if profile.device not in ("cuda", "cpu"):
+            raise ValueError(f"device is {profile.device!r}, not cuda or cpu")
+        positive = ("flops", "bandwidth", "devices", "inside", "between", "host_bandwidth", "host_link", "disk")
+        if min(numbers) < 0 or 0 in (getattr(profile, name) for name in positive):
             raise ValueError("rates and devices must be above 0")
     except (OSError, ValueError, TypeError) as error:
         wanted = ", ".join(field.name for field in fields(Profile))
@@ -119,8 +129,8 @@ def write_profile(profile: Profile, path: Path) -> None:
         raise ConfigError(f"--measure: {path} cannot be written ({error.strerror}). Give another file.") from None
 
 
-def find(name: str | None, profile: Path | None, devices: int | None) -> Profile:
-    """Of the data sheets by name, or from a file. `devices` per node replaces theirs."""
+def find(name: str | None, profile: Path | None, devices: int | None, host_memory: int | None = None) -> Profile:
+    """Of the data sheets by name, or from a file. `devices` per node and `host_memory` (bytes of a node) replace theirs."""
     if (name is None) == (profile is None):
         raise ConfigError(
             f"Give --gpu NAME ({', '.join(GPUS)}) or --profile FILE, one of them: the plan is for a device."
@@ -131,4 +141,8 @@ def find(name: str | None, profile: Path | None, devices: int | None) -> Profile
         found = GPUS[name]
     else:
         raise ConfigError(f"--gpu is {name!r}, which is not known. Give one of {', '.join(GPUS)}, or --profile FILE.")
-    return found if devices is None else Profile(**asdict(found) | {"devices": devices})
+    return replace(
+        found,
+        devices=found.devices if devices is None else devices,
+        host_memory=found.host_memory if host_memory is None else host_memory,
+    )

@@ -1,9 +1,8 @@
-"""A recipe as planning sees it: models without weights, what a step asks for, and how long its rollouts are taken to be."""
+"""A recipe as planning sees it: models without weights, what a step asks for, and how its rollouts are packed."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -12,55 +11,27 @@ import torch
 
 from katds.assemble import make_behaviour, make_objective, make_rule
 from katds.config import Recipe
+from katds.core.behaviours import Behaviour
 from katds.core.objectives import Objective
-from katds.core.packing import plan
-from katds.core.types import Field, Need
+from katds.core.packing import Plan, plan
+from katds.core.types import Prompt, RolloutRequest
 from katds.models.native.forward import FAMILIES
 from katds.models.slot_cache import PAGE
 from katds.parallel.deepspeed_config import read_deepspeed_json
-from katds.plan.models import ModelShape
+from katds.plan.lengths import WHOLE, Lengths, Prompts
+from katds.plan.models import ModelShape, Order
+from katds.plan.signal import SignalShape
 from katds.plan.zero import ZeroSettings
-from katds.rollout.requests import in_audit
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """Tokens of the prompts: the longest, and their mean. `source` is for the reader of the plan."""
-
-    longest: int
-    mean: float
-    source: str
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """Response tokens, written and kept, of rollouts to draw from; `source` is for the reader of the plan.
-
-    Args:
-        audit: what rollouts of the audit group write, which no rule ends; empty: the group writes what the others do.
-    """
-
-    written: Sequence[int]
-    kept: Sequence[int]
-    source: str
-    audit: Sequence[int] = ()
-
-    def draw(self, count: int, seed: int, audit_fraction: float = 0.0) -> tuple[list[int], list[int]]:
-        """Of `count` rollouts, with replacement, the audit group first, as the engine begins them; equal seeds give equal lengths."""
-        generator = random.Random(seed)
-        chosen = generator.choices(range(len(self.written)), k=count)
-        written, kept = [self.written[i] for i in chosen], [self.kept[i] for i in chosen]
-        if not self.audit:
-            return written, kept
-        group = sum(in_audit(i, audit_fraction) for i in range(count))
-        return generator.choices(self.audit, k=group) + written[group:], kept
 
 
 @dataclass(frozen=True)
 class Teacher:
+    """`shard`: the ranks that share one set of shards: "world", "node", or so many."""
+
     shape: ModelShape
     zero: ZeroSettings
     gather: str
+    shard: str | int = "world"
 
 
 @dataclass(frozen=True)
@@ -69,8 +40,9 @@ class Job:
 
     Args:
         device: "cuda" or "cpu".
-        guided: the teacher writes along in the first step.
         divergence: the stop rule reads the per-token divergence.
+        behaviour: who writes; the plan is of the first step.
+        per_node: ranks of a node.
     """
 
     recipe: Recipe
@@ -79,24 +51,33 @@ class Job:
     teachers: tuple[Teacher, ...]
     objective: Objective
     divergence: bool
-    guided: bool
+    behaviour: Behaviour
     prompts: Prompts
     lengths: Lengths
     ranks: int
     device: str
+    per_node: int = 8
 
     @classmethod
-    def of(cls, recipe: Recipe, ranks: int, device: str, prompts: Prompts, lengths: Lengths, steps: int) -> Job:
+    def of(
+        cls, recipe: Recipe, ranks: int, device: str, prompts: Prompts, lengths: Lengths, steps: int, per_node: int = 8
+    ) -> Job:
         """Reads the models' config.json and DeepSpeed's files. Raises ConfigError."""
-        zero = ZeroSettings.of(read_deepspeed_json(recipe.student.deepspeed, "student.deepspeed"))
+
+        def zero_of(section: str, each: Any, optimizer: bool) -> ZeroSettings:
+            field = f"{section}.deepspeed"
+            return ZeroSettings.of(read_deepspeed_json(each.deepspeed, field), field, device, optimizer)
+
+        zero = zero_of("student", recipe.student, optimizer=True)
         teachers = []
         for name, each in recipe.every_teacher().items():
-            held = ZeroSettings.of(read_deepspeed_json(each.deepspeed, f"{name}.deepspeed"))
-            teachers.append(Teacher(ModelShape.read(each.path, held.dtype, f"{name}.path"), held, each.gather))
+            held = zero_of(name, each, optimizer=False)
+            shape = ModelShape.read(each.path, held.dtype, f"{name}.path")
+            teachers.append(Teacher(shape, held, each.gather, each.shard))
         return cls(
             recipe, ModelShape.read(recipe.student.path, zero.dtype, "student.path"), zero, tuple(teachers),
             make_objective(recipe), make_rule(recipe, steps).needs_divergence,
-            make_behaviour(recipe, steps).at(0) is not None, prompts, lengths, ranks, device,
+            make_behaviour(recipe, steps), prompts, lengths, ranks, device, per_node,
         )  # fmt: skip
 
     def on(self, ranks: int) -> Job:
@@ -106,6 +87,59 @@ class Job:
         """With other values in a section of the recipe."""
         changed = getattr(self.recipe, section).model_copy(update=values)
         return replace(self, recipe=self.recipe.model_copy(update={section: changed}))
+
+    def holders(self, teacher: Teacher) -> int:
+        """Ranks that share one set of a teacher's shards."""
+        wanted = {"world": self.ranks, "node": self.per_node}.get(str(teacher.shard), teacher.shard)
+        return min(int(wanted), self.ranks)
+
+    @property
+    def on_node(self) -> int:
+        """Ranks of the fullest node."""
+        return min(self.ranks, self.per_node)
+
+    @property
+    def guided(self) -> bool:
+        """The teacher writes along."""
+        return self.behaviour.at(0) is not None
+
+    @cached_property
+    def prefixes(self) -> list[int]:
+        """Tokens that the teacher writes first, of each rollout; none: it does not."""
+        if not self.behaviour.teacher_writes:
+            return []
+        longest, seed = self.recipe.rollout.max_new_tokens, self.recipe.run.seed
+        requests = (RolloutRequest(i, Prompt(i, ()), longest) for i in range(self.per_step))
+        return [self.behaviour.prefix(request, 0, seed) for request in requests]
+
+    @property
+    def before(self) -> float:
+        """Tokens before the student's, in the mean: of the prompt, and of the teacher's prefix."""
+        return self.prompts.mean + self.prefix
+
+    @property
+    def prefix(self) -> float:
+        """Tokens that the teacher writes first, in the mean."""
+        return sum(self.prefixes) / max(1, len(self.prefixes))
+
+    @property
+    def reading(self) -> float:
+        """Tokens of the teacher for one of the student."""
+        return self.prompts.reading
+
+    @cached_property
+    def signal(self) -> SignalShape:
+        shape = self.teachers[0].shape
+        learned = bool(self.prefixes) and self.objective.reads_prefix
+        return SignalShape(
+            self.recipe, self.objective, self.divergence, self.student.vocabulary, shape.hidden, shape.width, learned
+        )
+
+    @property
+    def update_order(self) -> Order:
+        """The student's modules, as a forward and its backward enter them."""
+        checkpointing = self.recipe.train.activation_checkpointing
+        return self.student.checkpointed_order if checkpointing else self.student.update_order
 
     @property
     def per_step(self) -> int:
@@ -132,29 +166,6 @@ class Job:
         return -(-length // PAGE) * PAGE if self.device == "cuda" else length
 
     @property
-    def needs(self) -> frozenset[Need]:
-        """What is kept for the objective, and for a reward's advantage."""
-        return self.objective.needs | ({Need.WRITTEN} if self.recipe.reward.weight else frozenset())
-
-    @property
-    def top_k(self) -> int:
-        """Of the student's tokens, kept as it writes."""
-        wanted = self.divergence or Need.STUDENT_TOP_K in self.needs
-        return min(self.recipe.rollout.divergence_top_k, self.student.vocabulary) if wanted else 0
-
-    @property
-    def teacher_top_k(self) -> int:
-        return self.objective.teacher_top_k or self.recipe.rollout.divergence_top_k
-
-    def signal_bytes(self, hidden: int, width: int) -> int:
-        """Of one row of the teacher's signal. hidden, width: the teacher's hidden size and bytes of an element."""
-        sizes = {
-            Need.SAMPLED: 4, Need.STUDENT_TOP_K: 8 * self.top_k, Need.TEACHER_TOP_K: 8 * self.teacher_top_k, Need.ENTROPY: 4,
-            Need.FULL: hidden * width, Need.WRITTEN: 4, Need.STUDENT_ENTROPY: 4, Need.CHUNKS: 12,
-        }  # fmt: skip
-        return sum(sizes[need] for need in self.needs)
-
-    @property
     def in_c(self) -> bool:
         """Whether forwards over slots go through katds's C code: where there is a compiler, which is taken for granted."""
         family = self.student.config.model_type in FAMILIES
@@ -167,8 +178,15 @@ class Job:
 
     @cached_property
     def drawn(self) -> tuple[list[int], list[int]]:
-        """Tokens written and kept of a step's rollouts."""
-        return self.draw(self.lengths, seed=0)
+        """Tokens written and kept of a step's rollouts, by the student."""
+        written, kept = self.draw(self.lengths, seed=0)
+        if not self.prefixes or self.lengths.source != WHOLE:
+            return written, kept
+        # With its prefix a rollout is at most as long as one may be.
+        room = [self.recipe.rollout.max_new_tokens - prefix for prefix in self.prefixes]
+        return [min(pair) for pair in zip(written, room, strict=True)], [
+            min(pair) for pair in zip(kept, room, strict=True)
+        ]
 
     @property
     def decoded_rows(self) -> int:
@@ -179,55 +197,39 @@ class Job:
 
     @property
     def kept_rows(self) -> int:
-        """Tokens of a step that a rank learns from, about."""
-        return -(-sum(self.drawn[1]) // self.ranks)
+        """Rows of a step's signal that a rank learns from, about."""
+        prefixes = sum(self.prefixes) if self.signal.guided else 0
+        return -(-(sum(self.drawn[1]) + prefixes) // self.ranks)
 
     @cached_property
     def micro_batches(self) -> list[list[list[int]]]:
         """Of every rank, the learnt tokens of the rollouts in each micro-batch of the first minibatch: the learner's own packing."""
         taken = self.drawn[1][:: self.recipe.train.minibatches]
-        lengths = [round(self.prompts.mean) + kept - 1 for kept in taken if kept]
+        lengths = [round(self.before) + kept - 1 for kept in taken if kept]
         owners = [i % self.ranks for i in range(len(lengths))]
-        packing = plan(lengths, owners, self.ranks, self.recipe.train.micro_batch_tokens, self.student.attention_weight)
+        packing = self.packing(lengths, owners)
         return [[[lengths[i] for i in batch] for batch in rank] for rank in packing.micro_batches]
 
     @property
+    def sharers(self) -> int:
+        """Ranks that share a micro-batch."""
+        return min(self.recipe.train.sequence_parallel, self.ranks)
+
+    def packing(self, lengths: Sequence[int], owners: Sequence[int]) -> Plan:
+        """The learner's own, of rollouts of so many tokens that these ranks have written."""
+        size, weight = self.sharers, self.student.attention_weight
+        groups = [owner // size for owner in owners]
+        return plan(lengths, groups, self.ranks // size, size * self.recipe.train.micro_batch_tokens, weight).shared(
+            size
+        )
+
+    @property
     def micro_batch_tokens(self) -> int:
-        """Of the largest micro-batch that the recipe allows and a step may have."""
+        """Of a rank's part of the largest micro-batch that the recipe allows and a step may have."""
         longest = self.prompts.longest + self.recipe.rollout.max_new_tokens - 1
         if self.lengths.source == WHOLE:
-            return max((sum(batch) for rank in self.micro_batches for batch in rank), default=longest)
-        fits = self.recipe.train.micro_batch_tokens
-        return max(longest, min(fits, self.rollouts * longest))
-
-    def tile(self) -> Callable[..., dict[str, torch.Tensor]]:
-        """The objective's tile on the meta device, with a signal of every field."""
-
-        def tile(logprobs: torch.Tensor, at: slice, *others: torch.Tensor) -> dict[str, torch.Tensor]:
-            rows = logprobs.shape[0]
-
-            def field(*more: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-                return torch.empty(rows, *more, dtype=dtype, device="meta")
-
-            student, teacher, ids = self.top_k or 1, self.teacher_top_k, torch.int32
-            horizon = getattr(self.recipe.objective, "horizon", 1)  # of guiding tokens
-            signal = {key: field() for key in (Field.SAMPLED, Field.ENTROPY, Field.WRITTEN, Field.STUDENT_ENTROPY)}
-            signal |= {Field.STUDENT_TOP: field(student), Field.STUDENT_TOP_IDS: field(student, dtype=ids)}
-            signal |= {Field.TEACHER_TOP: field(teacher), Field.TEACHER_TOP_IDS: field(teacher, dtype=ids)}
-            signal |= {key: field() for key in (Field.WEIGHT, Field.REWARD, Field.ADVANTAGE)}
-            signal |= {Field.CHUNK_TEACHER: field(), Field.CHUNK_STUDENT: field(), Field.CHUNK_TOKENS: field(dtype=ids)}
-            signal |= {Field.GUIDE_IDS: field(horizon, dtype=ids), Field.GUIDE_WEIGHTS: field(horizon)}
-            signal |= {key: field(dtype=torch.bool) for key in (Field.TRUSTED, Field.LEARNED)}
-            if others:
-                (signal[Field.TEACHER_LOGPROBS],) = others
-            return self.objective.tile(logprobs, field(dtype=torch.int64), signal)
-
-        return tile
-
-
-WHOLE = "none recorded: every response is taken to be as long as it may be"
-
-
-def longest(recipe: Recipe) -> Lengths:
-    """Where no run has been recorded."""
-    return Lengths([recipe.rollout.max_new_tokens], [recipe.rollout.max_new_tokens], WHOLE)
+            return -(
+                -max((sum(batch) for rank in self.micro_batches for batch in rank), default=longest) // self.sharers
+            )
+        fits = self.recipe.train.micro_batch_tokens * self.sharers
+        return -(-max(longest, min(fits, self.sharers * self.rollouts * longest)) // self.sharers)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from katds.parallel.shards import hosts_of
 from katds.parallel.world import start_world
 from katds.plan.hardware import Profile
 
@@ -49,12 +50,23 @@ def measure() -> Profile:
         rows = torch.zeros(collective.size, GATHERED[kind], dtype=torch.uint8, device=device)
         once = [1] * collective.size
         inside = GATHERED[kind] * (collective.size - 1) / slowest(lambda: collective.exchange(rows, once, once))
-    nodes = max(1, collective.size // int(os.environ.get("LOCAL_WORLD_SIZE", collective.size)))
+    link = bandwidth if kind == "cpu" else _link(device, slowest)
+    nodes = len(set(hosts_of(collective)))
     name = torch.cuda.get_device_name(device) if kind == "cuda" else "cpu"
+    devices = collective.size // nodes
+    words = torch.zeros(READ["cpu"] // 8, dtype=torch.int64)
+    host_bandwidth = devices * READ["cpu"] / slowest(words.sum)
     return Profile(
-        name, kind, _memory(device, collective.size // nodes), flops, bandwidth, collective.size // nodes, inside, inside, latency,
-        slowest(lambda: _sample(device)), kind == "cuda", f"measured on {collective.size} ranks, torch {torch.__version__}",
+        name, kind, _memory(device, devices), flops, bandwidth, devices, inside, inside, latency, slowest(lambda: _sample(device)),
+        kind == "cuda", f"measured on {collective.size} ranks, torch {torch.__version__}; disks are assumed", _host_memory(),
+        host_bandwidth, link,
     )  # fmt: skip
+
+
+def _link(device: torch.device, slowest: Callable[[Callable[[], Any]], float]) -> float:
+    """Bytes/s from page-locked memory of the host to the device."""
+    words = torch.zeros(READ["cpu"] // 8, dtype=torch.int64, pin_memory=True)
+    return READ["cpu"] / slowest(lambda: words.to(device))
 
 
 def _sample(device: torch.device) -> torch.Tensor:
@@ -69,7 +81,11 @@ def _memory(device: torch.device, ranks: int) -> int:
     """Bytes that a rank may have."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks
+    return _host_memory() // ranks
+
+
+def _host_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _settle(device: torch.device) -> None:

@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from katds.config import Recipe
+from katds.errors import ConfigError
 from katds.plan import recorded
 from katds.plan.advise import advice, shortfalls
 from katds.plan.hardware import Profile
-from katds.plan.job import Job, Lengths, longest
+from katds.plan.job import Job
+from katds.plan.lengths import Lengths, longest
 from katds.plan.memory import memory
-from katds.plan.report import Plan, Scenario
+from katds.plan.refusal import refusal
+from katds.plan.report import Plan
+from katds.plan.scaling import RANKS, scenarios
 from katds.plan.simulate import simulate
-
-RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
 @dataclass(frozen=True)
@@ -37,27 +39,24 @@ class Wishes:
 
 def make_plan(recipe: Recipe, profile: Profile, wishes: Wishes) -> Plan:
     """Reads configurations, DeepSpeed's files, prompts and lengths; no weights. Raises ConfigError."""
-    prompts = recorded.prompts(recipe)
-    scenarios = (
+    if wishes.natural is not None and wishes.lengths is None:
+        raise ConfigError(
+            "--natural is given without --lengths: there is nothing to compare it with. Give --lengths the run with the rule."
+        )
+    lengths = (
         {"longest": longest(recipe)} if wishes.lengths is None else recorded.scenarios(wishes.lengths, wishes.natural)
     )
-    first = next(iter(scenarios.values()))
-    job = Job.of(recipe, wishes.ranks, profile.device, prompts, first, recipe.train.steps or 1)
+    job = make_job(recipe, profile, wishes.ranks, next(iter(lengths.values())))
     found = memory(job)
-    times = []
-    if wishes.lengths is not None:
-        times = [
-            _scenario(job, profile, name, each, n, wishes) for n in wishes.scales for name, each in scenarios.items()
-        ]
+    times = [] if wishes.lengths is None else scenarios(job, profile, lengths, wishes.scales, wishes.weak)
     scaling = (
         f"{job.rollouts} rollouts per rank at every size (weak scaling)" if wishes.weak
         else f"the recipe's {job.per_step} rollouts shared by all ranks (strong scaling)"
     )  # fmt: skip
     sources = [
-        f"device: {profile.source}; {profile.devices} per node", f"prompts: {prompts.source}",
-        *(f"lengths, {name}: {each.source}" for name, each in scenarios.items()),
-        *(f"{name} in a DeepSpeed file is not modelled" for name in _unknown(job)),
-        *_unmodelled(recipe),
+        f"device: {profile.source}; {profile.devices} per node", f"prompts: {job.prompts.source}",
+        *(f"lengths, {name}: {_source(each, recipe)}" for name, each in lengths.items()), *_host(job, profile),
+        *left_out(job),
     ]  # fmt: skip
     return Plan(
         job, profile, found, shortfalls(job, found, profile), advice(job, profile), simulate(job, profile, *job.drawn), scaling,
@@ -65,24 +64,43 @@ def make_plan(recipe: Recipe, profile: Profile, wishes: Wishes) -> Plan:
     )  # fmt: skip
 
 
-def _unmodelled(recipe: Recipe) -> list[str]:
-    """What the method does beside writing, scoring and learning."""
-    found = []
+def make_job(recipe: Recipe, profile: Profile, ranks: int, lengths: Lengths) -> Job:
+    """Raises ConfigError, also where a run would be refused on so many ranks."""
+    prompts, steps = recorded.prompts(recipe), recipe.train.steps or 1
+    job = Job.of(recipe, ranks, profile.device, prompts, lengths, steps, profile.devices)
+    if (why := refusal(job)) is not None:
+        raise ConfigError(why)
+    return job
+
+
+def _source(lengths: Lengths, recipe: Recipe) -> str:
+    longest, allowed = max([*lengths.written, *lengths.audit]), recipe.rollout.max_new_tokens
+    longer = f"; up to {longest} tokens, more than rollout.max_new_tokens, {allowed}, which memory is planned for"
+    return lengths.source + (longer if longest > allowed else "")
+
+
+def left_out(job: Job) -> list[str]:
+    """What the plan does not count of DeepSpeed's files, and of what the method does beside writing, scoring and learning."""
+    recipe = job.recipe
+    found = list(dict.fromkeys(line for zero in (job.zero, *(t.zero for t in job.teachers)) for line in zero.ignored))
     if recipe.teacher_writes:
-        found.append("what the teacher writes itself is not modelled: its cache and time, and what it reads for that")
-    if recipe.objective.aligns_text:
+        found.append(
+            "what the teacher writes itself is that of the first step; it needs no more memory than the rollouts that follow"
+        )
+    if recipe.objective.aligns_text and not recipe.data.train.exists():
         found.append(
             "the teacher is taken to read as many tokens as the student writes; in its own tokens they may be more"
         )
     return found
 
 
-def _unknown(job: Job) -> list[str]:
-    return sorted({name for zero in (job.zero, *(t.zero for t in job.teachers)) for name in zero.unknown})
-
-
-def _scenario(job: Job, profile: Profile, name: str, lengths: Lengths, ranks: int, wishes: Wishes) -> Scenario:
-    count = job.rollouts * ranks if wishes.weak else job.per_step
-    samples = job.recipe.rollout.samples_per_prompt
-    other = job.on(ranks).with_settings("rollout", prompts_per_step=-(-count // samples))
-    return Scenario(name, ranks, other.per_step, simulate(other, profile, *other.draw(lengths, seed=ranks)))
+def _host(job: Job, profile: Profile) -> list[str]:
+    """Rates that count where something is offloaded."""
+    away = job.zero.optimizer_on != "device" or any(zero.away for zero in (job.zero, *(t.zero for t in job.teachers)))
+    if profile.device == "cpu" or not away:
+        return []
+    link, memory_rate, disk = (rate / 1e9 for rate in (profile.host_link, profile.host_bandwidth, profile.disk))
+    return [
+        f"host: {link:.3g} GB/s to and from each device, {memory_rate:.3g} for a node's memory, {disk:.3g} for its NVMe "
+        "(assumed unless measured)"
+    ]

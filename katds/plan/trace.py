@@ -6,18 +6,21 @@ What a formula would have to know of a model family (which activations its layer
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
 from katds.core.teacher_signal import score_tile
 from katds.core.types import Field, Need
 from katds.models.tiled_head import score_head, tiled_loss
-from katds.plan.models import ModelShape
+from katds.plan.models import ModelShape, checkpoint_layers
+from katds.plan.operators import Results
+from katds.plan.signal import Tile
+
+TRACES = 1000  # kept of each kind: the rows of a sweep ask for many of them again
 
 
 class LiveBytes(TorchDispatchMode):
@@ -30,11 +33,14 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, *known: torch.Tensor) -> None:
         super().__init__()
         self.live = self.peak = 0
-        self._seen = {tensor.untyped_storage()._cdata for tensor in known}
+        self._seen: dict[int, Any] = dict.fromkeys(tensor.untyped_storage()._cdata for tensor in known)
+        self._results = Results()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        tree_map_only(torch.Tensor, self._see, result)
+        result = self._results.of(function, args, kwargs or {})
+        for each in result if isinstance(result, list | tuple) else (result,):
+            if isinstance(each, torch.Tensor):
+                self._see(each)
         return result
 
     def restart(self) -> None:
@@ -43,16 +49,16 @@ class LiveBytes(TorchDispatchMode):
 
     def _see(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
+        key = storage._cdata
         if key in self._seen:
             return
-        self._seen.add(key)
+        size = storage.nbytes()
+        self._seen[key] = weakref.ref(storage, partial(self._gone, key, size))
         self.live += size
         self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._gone, key, size).atexit = False
 
-    def _gone(self, key: int, size: int) -> None:
-        self._seen.discard(key)
+    def _gone(self, key: int, size: int, _: Any) -> None:
+        del self._seen[key]
         self.live -= size
 
 
@@ -69,9 +75,7 @@ class Update:
     backward: int
 
 
-Tile = Callable[..., dict[str, torch.Tensor]]
-
-
+@lru_cache(TRACES)
 def trace_update(
     shape: ModelShape, tokens: int, checkpointing: bool, tile: Tile, tile_elements: int | None, teacher: int | None
 ) -> Update:
@@ -82,12 +86,12 @@ def trace_update(
         tile_elements: as there; None: that of a CPU.
         teacher: hidden size of the teacher where the loss reads the whole vocabulary, or None.
 
-    Cost: the operators' bookkeeping, some 0.1 ms each; not more for more tokens, but for the tiles of the head.
+    Cost: a second for some thirty layers; more tokens cost more tiles of the head, some seconds for 100 thousand of a large vocabulary.
     """
     model = shape.model()
     base, head = model.model.base_model, model.head
     if checkpointing:
-        model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_layers(model)
     model.train()
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
@@ -113,6 +117,7 @@ def trace_update(
         return Update(kept, at_loss, mode.peak)
 
 
+@lru_cache(TRACES)
 def trace_forward(shape: ModelShape, tokens: int) -> int:
     """Bytes at the peak of a forward of `tokens` tokens without gradients, up to the last hidden states, which count."""
     model = shape.model().eval()
@@ -124,6 +129,7 @@ def trace_forward(shape: ModelShape, tokens: int) -> int:
         return mode.peak
 
 
+@lru_cache(TRACES)
 def trace_score(
     shape: ModelShape, tokens: int, needs: frozenset[Need], top_k: int, teacher_top_k: int, tile_elements: int | None
 ) -> int:

@@ -36,23 +36,23 @@ def recipe_of(folder: Path, workload: Workload, steps: int, gather: str = "once"
     return Recipe.model_validate({key: made.get(key, {}) | changes.get(key, {}) for key in {**made, **changes}})
 
 
-def peak_bytes(recipe: Recipe, ranks: int = 2) -> int:
-    """Of the rank that takes the most, from its start to the end of training."""
+def peak_bytes(recipe: Recipe, ranks: int = 2, trained: bool = True) -> int:
+    """Of the rank that takes the most, from its start to the end of training, or before its first step."""
     before = {name: os.environ.get(name) for name in TIDY}
     os.environ.update(TIDY)
     try:
-        return max(on_ranks(ranks, _on_rank, recipe.model_dump(mode="json")))
+        return max(on_ranks(ranks, _on_rank, recipe.model_dump(mode="json"), trained))
     finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-def _on_rank(recipe: dict[str, Any]) -> int:
+def _on_rank(recipe: dict[str, Any], trained: bool) -> int:
     from katds.run import open_run
 
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     run = open_run(Recipe.model_validate(recipe))
-    for step in range(run.inputs.steps):
+    for step in range(run.inputs.steps if trained else 0):
         run.trainer.step(step)
     return resident("VmHWM")
 
