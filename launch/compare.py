@@ -58,7 +58,7 @@ def main() -> int:
     if not options.report:
         signal.signal(signal.SIGTERM, leave)
         with alone(comparison.folder):
-            missing = make_runs(chosen, launcher(TRAIN, comparison.ranks), say)
+            missing = make_runs(chosen, launcher(TRAIN, comparison.ranks), comparison.ranks, say)
     write_report(comparison, runs, missing)
     return 1 if missing else 0
 

@@ -53,15 +53,22 @@ def _train(recipe: Path) -> None:
     run.train(load_recipe(["--config", str(recipe)], "compare", "A run of a comparison."))
 
 
-def fake_run(folder: Path, recipe: str, average: float, tokens: int, **more: Any) -> None:
-    """What a finished run leaves behind, with these figures; two steps of 12 rollouts."""
+def fake_run(folder: Path, recipe: str, average: float, tokens: int, commit: str | None = "c0", **more: Any) -> None:
+    """What a finished run leaves behind, with these figures; two steps of 12 rollouts, of which 4 audit cuts were graded. `commit`: that
+    made it; None: nobody has recorded it."""
     folder.mkdir(parents=True)
+    if commit is not None:
+        (folder.parent / "made").mkdir(exist_ok=True)
+        (folder.parent / "made" / f"{folder.name}.jsonl").write_text(json.dumps({"commit": commit, "ranks": 1}) + "\n")
+    (folder / "checkpoints" / "step-2").mkdir(parents=True)
+    state = {"step": 2, "world_size": 1}
+    (folder / "checkpoints" / "step-2" / "state.json").write_text(json.dumps(state))
     (folder / "config.yaml").write_text(recipe)
     summary = {
         "ranks": 1, "device": "x", "rollouts": 24, "before": {"avg@2": 0.1}, "after": {"avg@2": average, "pass@2": 2 * average},
         "length_mean": tokens / 24, "rollout_tokens": tokens, "decoded_tokens": tokens, "kept_tokens": tokens // 2,
         "learned_tokens": tokens // 2,
-        "training_seconds": tokens / 100, "terminated_share": 0.25, "false_termination_share": 0.5,
+        "training_seconds": tokens / 100, "terminated_share": 0.25, "false_termination_share": 0.5, "audit_cut_graded": 4,
     }  # fmt: skip
     (folder / "summary.json").write_text(json.dumps(summary | more))
     records = [

@@ -19,7 +19,7 @@ from katds.bench.contest import Step, rotated
 from katds.bench.report import Result
 from katds.bench.workloads import QWEN, SPECIALS, WORKLOADS, Size, Workload, build
 from katds.core.divergences import reverse_kl
-from katds.core.stop.kat import KatSettings
+from katds.core.stop.kat_settings import KatSettings
 
 ROOT = Path(__file__).parent.parent
 

@@ -22,6 +22,7 @@ from messages import refused
 from transformers import AutoModelForCausalLM
 from zoo import build_recipe
 
+from katds.bench import report as bench
 from katds.cli import dump_recipe, run_main
 from katds.compare.cells import Run, plan_runs
 from katds.compare.flops import Batch, Cost, _batches, model_cost, run_flops, training_flops
@@ -29,7 +30,7 @@ from katds.compare.outcome import Outcomes, gather
 from katds.compare.pictures import draw
 from katds.compare.plan import Comparison, load_comparison
 from katds.compare.report import report_text, results, verdicts
-from katds.compare.running import _reason, alone, make_runs
+from katds.compare.running import Maker, _reason, alone, make_runs, makers, record_maker
 from katds.config import Recipe
 from katds.core.lengths import StepLengths
 
@@ -46,15 +47,18 @@ def planned(file: Path) -> tuple[Comparison, list[Run]]:
 
 def timeless(folder: Path) -> list[dict[str, float]]:
     records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [{k: v for k, v in record.items() if not k.startswith(("time/", "throughput/"))} for record in records]
+    return [
+        {k: v for k, v in record.items() if not k.startswith(("time/", "throughput/", "memory/"))} for record in records
+    ]
 
 
-def test_two_cells_with_two_seeds_run_and_go_on(tmp_path: Path) -> None:
+def test_two_cells_with_two_seeds_run_and_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "REPOSITORY", tmp_path)  # or the notes would tell of edits meanwhile
     cells = {"replay": {"after": "kat", "stop": {"kind": "replay", "run": "{after}"}}, "kat": {}}
     _, runs = planned(comparison_file(tmp_path, cells))
     started: list[str] = []
     said: list[str] = []
-    assert make_runs(runs, forked(1, started), said.append) == {}
+    assert make_runs(runs, forked(1, started), 1, said.append) == {}
     assert started == ["kat-seed0", "replay-seed0", "kat-seed1", "replay-seed1"]
     assert all(run.is_done for run in runs)
     assert said[0] == "[1/4] kat-seed0: starts" and re.match(r"\[4/4\] replay-seed1: avg@2 0\.\d{3}, pass@2", said[-1])
@@ -68,7 +72,7 @@ def test_two_cells_with_two_seeds_run_and_go_on(tmp_path: Path) -> None:
     shutil.rmtree(fresh / "checkpoints")
     started.clear(), said.clear()
     _, runs = planned(comparison_file(tmp_path, cells))
-    assert make_runs(runs, forked(1, started), said.append) == {}
+    assert make_runs(runs, forked(1, started), 1, said.append) == {}
     assert started == ["kat-seed0", "replay-seed0"]
     assert [line for line in said if "goes on" in line or "starts" in line] == [
         "[1/2] kat-seed0: goes on",
@@ -77,6 +81,11 @@ def test_two_cells_with_two_seeds_run_and_go_on(tmp_path: Path) -> None:
     assert {run.name: timeless(run.folder) for run in runs} == first
 
     outcomes = gather(runs, {})
+    made = [Maker("unknown", 1)]
+    assert all(cell.makers == {0: made, 1: made} for cell in outcomes.cells.values())
+    lines = [(tmp_path / "all" / "made" / f"{run.name}.jsonl").read_text().count("\n") for run in runs]
+    assert lines == [2, 1, 1, 1], "what goes on has a line more, what starts anew has lost its old ones"
+    assert all(cell.figures["graded"][0] > 0 for cell in outcomes.cells.values())
     assert list(outcomes.cells) == ["kat", "replay"] and outcomes.notes == [
         "There are fewer than three seeds: intervals are very wide, or missing."
     ]
@@ -97,7 +106,7 @@ def test_a_failure_is_told_and_spares_the_others(tmp_path: Path) -> None:
     _, runs = planned(comparison_file(tmp_path, cells, seeds=[0]))
     started: list[str] = []
     said: list[str] = []
-    missing = make_runs(runs, forked(1, started), said.append)
+    missing = make_runs(runs, forked(1, started), 1, said.append)
     assert started == ["bad-seed0", "good-seed0"]
     assert list(missing) == ["bad-seed0", "next-seed0"]
     assert "ConfigError" in missing["bad-seed0"] and "max_new_tokens 500" in missing["bad-seed0"]
@@ -113,7 +122,7 @@ def test_a_folder_that_holds_no_run_is_left_alone(tmp_path: Path) -> None:
     _, runs = planned(comparison_file(tmp_path, {"kat": {}}, seeds=[0]))
     runs[0].folder.mkdir(parents=True)
     (runs[0].folder / "thesis.txt").write_text("mine")
-    refused(lambda: make_runs(runs, forked(1, []), lambda line: None), "holds something that is no run")
+    refused(lambda: make_runs(runs, forked(1, []), 1, lambda line: None), "holds something that is no run")
     assert (runs[0].folder / "thesis.txt").read_text() == "mine"
 
 
@@ -150,32 +159,36 @@ def test_no_flops_are_told_of_a_teacher_that_reads_other_tokens(tmp_path: Path, 
 
 
 def test_flops_by_hand() -> None:
-    student, teacher = Cost(token=10, pair=2), Cost(token=100, pair=1)
-    # Prompt 3, written 5, learnt from 2 tokens: 8 tokens and 36 pairs read by both, 4 tokens and 10 pairs learnt at 3 times the price.
-    one = (80 + 72) + (800 + 36) + 3 * (40 + 20)
-    assert training_flops(student, teacher, [Batch(7, 3, 5, 2)], 1, recomputed=False) == 7 * one
-    assert training_flops(student, teacher, [Batch(7, 3, 5, 2)], 1, recomputed=True) == 7 * (one + 60)
+    student, teacher = Cost(token=10, pair=2, head=7), Cost(token=100, pair=1, head=9)
+    # Prompt 3, written 5, kept 2, learnt from 1 token: 8 tokens and 36 pairs read by both, which have a head at 5; 4 tokens and 10 pairs
+    # learnt at 3 times the price, with a head at 1.
+    one = (80 + 72 + 35) + (800 + 36 + 45) + 3 * (40 + 20) + 3 * 7
+    assert training_flops(student, teacher, [Batch(7, 3, 5, 2, 1)], 1, recomputed=False) == 7 * one
+    assert training_flops(student, teacher, [Batch(7, 3, 5, 2, 1)], 1, recomputed=True) == 7 * (one + 60)
     # Three rollouts share the prompt: each reads one of its tokens and two of its six pairs.
-    shared = (60 + 2 * 32) + (600 + 32) + 180
-    assert training_flops(student, teacher, [Batch(6, 3, 5, 2)], 3, recomputed=False) == pytest.approx(6 * shared)
-    assert training_flops(student, teacher, [Batch(1, 3, 5, 0)], 1, recomputed=False) == 152 + 836
+    shared = (60 + 2 * 32 + 35) + (600 + 32 + 45) + 180 + 21
+    assert training_flops(student, teacher, [Batch(6, 3, 5, 2, 1)], 3, recomputed=False) == pytest.approx(6 * shared)
+    assert training_flops(student, teacher, [Batch(1, 3, 5, 0, 0)], 1, recomputed=False) == 187 + 881
 
 
 def test_rollouts_of_known_length_are_counted_one_by_one() -> None:
     """Two of four are known; the other two have what is left of the step's means."""
     record = {"rollout/length_mean": 10.0, "rollout/kept_mean": 4.0}
     step = StepLengths([4, 8], [4, 2], ["eos", "kat"])
-    assert list(_batches(4, 3.0, record, step, 1.5)) == [Batch(1, 3, 6, 4), Batch(1, 3, 12, 2), Batch(2, 3, 21, 5)]
-    assert list(_batches(2, 3.0, {"rollout/length_mean": 6.0, "rollout/kept_mean": 3.0}, step, 1.0))[2:] == []
-    assert list(_batches(4, 3.0, record, StepLengths([], [], []), 1.0)) == [Batch(4, 3, 10, 4)]
+    assert list(_batches(4, 3.0, record, step, 1.5, 0.5)) == [
+        Batch(1, 3, 6, 4, 2), Batch(1, 3, 12, 2, 1), Batch(2, 3, 21, 5, 2.5),
+    ]  # fmt: skip
+    assert list(_batches(2, 3.0, {"rollout/length_mean": 6.0, "rollout/kept_mean": 3.0}, step, 1.0, 1.0))[2:] == []
+    assert list(_batches(4, 3.0, record, StepLengths([], [], []), 1.0, 1.0)) == [Batch(4, 3, 10, 4, 4)]
 
 
 def test_the_cost_of_a_model_is_its_matrices_and_heads(zoo: Path) -> None:
     for role in ("student", "teacher"):
         model = AutoModelForCausalLM.from_pretrained(zoo / role)
         every = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+        head = model.lm_head.weight.numel()
         looked_up = 0 if model.config.tie_word_embeddings else model.get_input_embeddings().weight.numel()
-        assert model_cost(zoo / role) == Cost(2 * (every - looked_up), 4 * 2 * 4 * 8)
+        assert model_cost(zoo / role) == Cost(2 * (every - looked_up - head), 4 * 2 * 4 * 8, 2 * head)
 
 
 def outcomes_of(root: Path, scores: dict[str, list[float]], **more: Any) -> tuple[Comparison, Outcomes]:
@@ -207,8 +220,8 @@ def test_the_report_answers_by_paired_differences(tmp_path: Path) -> None:
     assert "![accuracy](accuracy.png)" in text
     # Thresholds of the fake runs go from 0.4 to 0.2; half of what would have been ended was right.
     drift = next(line for line in text[text.index("## What was ended") :].splitlines() if line.startswith("| kat "))
-    assert [cell.strip() for cell in drift.split("|")[2:9]] == [
-        "0.4 ± 0", "0.4 ± 0", "0.2 ± 0", "0.50 ± 0.00", "6.000 ± 0.000", "25.0% ± 0.0%", "50.0% ± 0.0%",
+    assert [cell.strip() for cell in drift.split("|")[2:10]] == [
+        "0.4 ± 0", "0.4 ± 0", "0.2 ± 0", "0.50 ± 0.00", "6.000 ± 0.000", "25.0% ± 0.0%", "50.0% ± 0.0%", "4.000 ± 0.000",
     ]  # fmt: skip
 
 
@@ -226,6 +239,23 @@ def test_doubts_are_told(tmp_path: Path) -> None:
     _, outcomes = outcomes_of(tmp_path, SCORES, **odd)
     assert len(outcomes.notes) == 2
     assert "seed 1 differ before training" in outcomes.notes[0] and "made on 1 x x and 1 x y" in outcomes.notes[1]
+
+
+def test_runs_of_different_code_are_told(tmp_path: Path) -> None:
+    """And kept apart in results.json, where a run that was gone on with has all that made it."""
+    odd = {"better-seed1": {"commit": "c1"}, "worse-seed2": {"commit": None}}
+    comparison, outcomes = outcomes_of(tmp_path, SCORES, **odd)
+    differ, unknown = outcomes.notes
+    assert differ.startswith("The runs differ in commit (c0: kat-seed0, ") and "; c1: better-seed1)" in differ
+    assert unknown == "It is not recorded which commit has made worse-seed2."
+    made = json.loads(json.dumps(results(comparison, outcomes)))["cells"]["better"]["made_by"]
+    assert made["0"] == [{"commit": "c0", "ranks": 1}] and made["1"] == [{"commit": "c1", "ranks": 1}]
+
+    (run,) = (run for run in planned(tmp_path / "comparison.yaml")[1] if run.name == "alike-seed0")
+    record_maker(run, Maker("c0", 2))
+    assert makers(run) == [Maker("c0", 1), Maker("c0", 2)]
+    _, runs = planned(tmp_path / "comparison.yaml")
+    assert [note[:25] for note in gather(runs, {}).notes][1] == "The runs differ in ranks "
 
 
 def test_pictures(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from katds.errors import ConfigError
+from katds.files import replace_text
 
 REPOSITORY = Path(__file__).parents[2]
 PACKAGES = ("katds", "torch", "deepspeed", "transformers", "trl", "liger-kernel", "flash-attn")
@@ -81,21 +83,22 @@ def save(result: Result, folder: Path) -> Path:
         "versions": versions(),
         **asdict(result),
     }
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=1) + "\n")
-    partial.replace(path)
+    replace_text(path, json.dumps(record, indent=1) + "\n")
     return path
 
 
 def commit() -> str:
-    """Of the code that was measured, "-dirty" where it differs; results, which every benchmark changes, do not count."""
+    """Of the code that was measured, "-dirty-" and a digest of the difference where it differs; results, which every benchmark changes, do
+    not count."""
     git = ["git", "-C", str(REPOSITORY)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "katds", "ds_configs"], capture_output=True)
+        changed = subprocess.run(
+            [*git, "diff", "HEAD", "--", "katds", "ds_configs"], capture_output=True, check=True
+        ).stdout
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return f"{head}-dirty" if changed.returncode else head
+    return f"{head}-dirty-{hashlib.sha256(changed).hexdigest()[:8]}" if changed else head
 
 
 def machine() -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """What a run has computed, in floating-point operations, from its recipe and its counts.
 
-A token that a model reads costs 2 operations per weight that it is multiplied with (embedding look-ups are none, the head counts), and
-4 x layers x heads x head size for every earlier token and itself, which attention reads. The student reads what it writes, what it
-overshoots, and each prompt once; the teacher the same; the learner reads prompt and kept tokens, at 3 times the price: a backward costs two
-forwards (4 with activation checkpointing). Norms, activations, softmax, sampling, the optimizer and evaluations are left out; so is what a
-sliding window saves.
+A token that a model reads costs 2 operations per weight that it is multiplied with (embedding look-ups are none), and 4 x layers x
+heads x head size for every earlier token and itself, which attention reads. The output head is only for tokens that are written, scored or
+learnt from, not for prompts. The student reads what it writes, what it overshoots, and each prompt once; the teacher the same; the
+learner reads prompt and kept tokens, at 3 times the price: a backward costs two forwards (4 with activation checkpointing, which does not
+recompute the head). Norms, activations, softmax, sampling, the optimizer and evaluations are left out; so is what a sliding window saves,
+and the teacher's head that an objective over the whole vocabulary (objective.support full, jsd) needs once more when it learns.
 """
 
 from __future__ import annotations
@@ -16,44 +17,49 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from katds.config import DataConfig, Recipe
+from katds.config import Recipe
 from katds.core import lengths
 from katds.core.lengths import StepLengths
 from katds.errors import ConfigError
+from katds.sections import DataConfig
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Operations of a model's forward: per token, and per pair of a token and one that it attends to."""
+    """Operations of a model's forward: per token before its output head, per pair of a token and one that it attends to, and of the head
+    per token that has one."""
 
     token: int
     pair: int
+    head: int
 
-    def forward(self, tokens: float, pairs: float) -> float:
+    def body(self, tokens: float, pairs: float) -> float:
         return self.token * tokens + self.pair * pairs
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rollouts of one kind; tokens are means over them. Attention grows with the square of the length, so that the mean of unequal
-    rollouts gives a little less than their sum."""
+    """Rollouts of one kind; tokens are means over them, `learned` those of the kept that the loss reads. Attention grows with the square of
+    the length, so that the mean of unequal rollouts gives a little less than their sum."""
 
     rollouts: float
     prompt: float
     decoded: float
     kept: float
+    learned: float
 
 
 def training_flops(student: Cost, teacher: Cost, batches: Iterable[Batch], samples: int, recomputed: bool) -> float:
     """Of rollouts and updates. `samples`: rollouts that share the reading of a prompt."""
-    total = 0.0
+    total, passes = 0.0, 4 if recomputed else 3
     for batch in batches:
         prompt = triangle(batch.prompt)
         read = batch.prompt / samples + batch.decoded
         pairs = prompt / samples + triangle(batch.prompt + batch.decoded) - prompt
-        learned = batch.prompt + batch.kept - 1  # the last token is never read
-        update = (4 if recomputed else 3) * student.forward(learned, triangle(learned)) if batch.kept else 0.0
-        total += batch.rollouts * (student.forward(read, pairs) + teacher.forward(read, pairs) + update)
+        rollout = sum(model.body(read, pairs) + model.head * batch.decoded for model in (student, teacher))
+        again = batch.prompt + batch.kept - 1  # the last token is never read
+        update = passes * student.body(again, triangle(again)) + 3 * student.head * batch.learned
+        total += batch.rollouts * (rollout + (update if batch.learned else 0.0))
     return total
 
 
@@ -84,9 +90,12 @@ def run_flops(recipe: Recipe, folder: Path, summary: dict[str, Any]) -> float | 
     records = [record for record in lines if "rollout/length_mean" in record]
     known = _known(folder, len(records))
     overshoot = summary["decoded_tokens"] / summary["rollout_tokens"]
+    share = summary.get("learned_tokens", summary["kept_tokens"]) / max(1, summary["kept_tokens"])
     count = rollout.prompts_per_step * rollout.samples_per_prompt
     steps = zip(prompts, records, known, strict=True)
-    batches = (batch for prompt, record, step in steps for batch in _batches(count, prompt, record, step, overshoot))
+    batches = (
+        batch for prompt, record, step in steps for batch in _batches(count, prompt, record, step, overshoot, share)
+    )
     student, teacher = model_cost(recipe.student.path), model_cost(recipe.teacher.path)
     return training_flops(student, teacher, batches, rollout.samples_per_prompt, recipe.train.activation_checkpointing)
 
@@ -102,17 +111,18 @@ def _known(folder: Path, steps: int) -> list[StepLengths]:
 
 
 def _batches(
-    count: int, prompt: float, record: dict[str, float], known: StepLengths, overshoot: float
+    count: int, prompt: float, record: dict[str, float], known: StepLengths, overshoot: float, share: float
 ) -> Iterator[Batch]:
-    """Each rollout whose length is known, and the mean of the others: the audit group."""
+    """Each rollout whose length is known, and the mean of the others: the audit group. `share`: of kept tokens, what the loss reads, in
+    all of the run."""
     for length, kept in zip(known.lengths, known.kept, strict=True):
-        yield Batch(1, prompt, length * overshoot, kept)
+        yield Batch(1, prompt, length * overshoot, kept, kept * share)
     if others := count - len(known.lengths):
         mean_length, mean_kept = (
             (record[f"rollout/{key}_mean"] * count - sum(tokens)) / others
             for key, tokens in (("length", known.lengths), ("kept", known.kept))
         )
-        yield Batch(others, prompt, mean_length * overshoot, mean_kept)
+        yield Batch(others, prompt, mean_length * overshoot, mean_kept, mean_kept * share)
 
 
 @cache
@@ -139,4 +149,5 @@ def model_cost(path: Path) -> Cost:
         model = AutoModelForCausalLM.from_config(config)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
-    return Cost(2 * weights, 4 * config.num_hidden_layers * config.num_attention_heads * head_dim)
+    head = model.get_output_embeddings().weight.numel()
+    return Cost(2 * (weights - head), 4 * config.num_hidden_layers * config.num_attention_heads * head_dim, 2 * head)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from katds.compare.cells import Cell, Run
 from katds.compare.flops import run_flops
 from katds.compare.intervals import Interval, interval, paired
+from katds.compare.running import Maker, makers
 
 
 class Figure(NamedTuple):
@@ -41,16 +42,19 @@ DRIFT = (
     Figure("ended", "rollouts ended", "count"),
     Figure("terminated", "share of all", "share"),
     Figure("recovered", "of these would have been right", "share"),
+    Figure("graded", "judged by so many audit rollouts", "count"),
 )
 
 
 @dataclass
 class Outcome:
-    """What is known of one cell: {figure: {seed: value}}, without what its runs do not have; thresholds: {seed: {step: nats}}."""
+    """What is known of one cell: {figure: {seed: value}}, without what its runs do not have; thresholds: {seed: {step: nats}}; makers:
+    {seed: what its run was made by}."""
 
     cell: Cell
     figures: dict[str, dict[int, float]] = field(default_factory=dict)
     thresholds: dict[int, dict[int, float]] = field(default_factory=dict)
+    makers: dict[int, list[Maker]] = field(default_factory=dict)
 
     def interval(self, key: str) -> Interval | None:
         values = self.figures.get(key)
@@ -93,8 +97,10 @@ def _add(outcome: Outcome, run: Run, summary: dict[str, Any]) -> None:
     average, passed = run.recipe.evaluation.headline()
     thresholds = _thresholds(run)
     outcome.thresholds[run.seed] = thresholds
+    outcome.makers[run.seed] = makers(run)
     line = list(thresholds.values())
     values = {
+        "before": (summary["before"] or {}).get(average),
         "average": scores.get(average),
         "passed": scores.get(passed),
         "length": summary["length_mean"],
@@ -105,6 +111,7 @@ def _add(outcome: Outcome, run: Run, summary: dict[str, Any]) -> None:
         "terminated": summary["terminated_share"],
         "ended": summary["terminated_share"] * summary["rollouts"],
         "recovered": summary["false_termination_share"],
+        "graded": summary.get("audit_cut_graded") if summary["false_termination_share"] is not None else None,
         "first": line[0] if line else None,
         "highest": max(line) if line else None,
         "last": line[-1] if line else None,
@@ -132,8 +139,26 @@ def _doubts(runs: Sequence[Run], summaries: dict[str, dict[str, Any]], machines:
                 f"The students of seed {seed} differ before training: models, problems or katds have changed between the runs. "
                 "Remove their folders and run them again."
             )
+    notes += _mixed_makers([(run, makers(run)) for run in done])
     if len(machines) > 1:
         notes.append(f"The runs were made on {' and '.join(machines)}: their times cannot be compared.")
     if len({run.seed for run in done}) < 3:
         notes.append("There are fewer than three seeds: intervals are very wide, or missing.")
     return notes
+
+
+def _mixed_makers(done: Sequence[tuple[Run, list[Maker]]]) -> Iterator[str]:
+    """What differs between the runs, or within one that was gone on with, and which runs it is."""
+    for what in ("commit", "ranks"):
+        names: dict[str, list[str]] = {}
+        for run, found in done:
+            for value in dict.fromkeys(str(getattr(maker, what)) for maker in found):
+                names.setdefault(value, []).append(run.name)
+        if len(names) > 1:
+            each = "; ".join(f"{value}: {', '.join(runs)}" for value, runs in names.items())
+            yield (
+                f"The runs differ in {what} ({each}). Differences between cells may come from that; remove the folders of the odd ones and "
+                "run them again."
+            )
+    if unknown := [run.name for run, found in done if not found]:
+        yield f"It is not recorded which commit has made {', '.join(unknown)}."

@@ -13,6 +13,7 @@ from katds.bench.report import commit, machine, versions
 from katds.compare.intervals import Interval, interval
 from katds.compare.outcome import COMPARED, DRIFT, FIGURES, Figure, Outcome, Outcomes
 from katds.compare.plan import Comparison
+from katds.files import replace_text
 
 PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
 Row = dict[str, str]
@@ -175,10 +176,16 @@ def _numbers(outcome: Outcome) -> dict[str, Any]:
     figures = {
         key: {**interval(list(seeds.values()))._asdict(), "seeds": seeds} for key, seeds in outcome.figures.items()
     }
-    return {"overrides": outcome.cell.overrides, "figures": figures, "thresholds": outcome.thresholds}
+    made = {seed: [maker._asdict() for maker in found] for seed, found in outcome.makers.items()}
+    return {
+        "overrides": outcome.cell.overrides,
+        "figures": figures,
+        "thresholds": outcome.thresholds,
+        "made_by": made,
+    }
 
 
 def write(folder: Path, text: str, numbers: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "REPORT.md").write_text(text)
-    (folder / "results.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    replace_text(folder / "REPORT.md", text)
+    replace_text(folder / "results.json", json.dumps(numbers, indent=1) + "\n")

@@ -15,7 +15,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
+from katds.bench.report import commit
 from katds.cli import dump_recipe
 from katds.compare.cells import Run
 from katds.errors import ConfigError
@@ -28,8 +30,9 @@ PATIENCE_SECONDS = 10.0
 OF_A_LAUNCHER = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 
 
-def make_runs(runs: Sequence[Run], launch: Launch, say: Say) -> dict[str, str]:
-    """Makes what is not done yet. Returns why runs are missing, by name: one that fails does not stop the others."""
+def make_runs(runs: Sequence[Run], launch: Launch, ranks: int, say: Say) -> dict[str, str]:
+    """Makes what is not done yet, with a record (`Maker`) of what by. `ranks` are those that `launch` starts. Returns why runs are
+    missing, by name: one that fails does not stop the others."""
     missing: dict[str, str] = {}
     todo = [run for run in runs if not run.is_done]
     for i, run in enumerate(todo, 1):
@@ -40,7 +43,11 @@ def make_runs(runs: Sequence[Run], launch: Launch, say: Say) -> dict[str, str]:
             continue
         start = time.monotonic()
         log = run.recipe.run.folder / "logs" / f"{run.name}.log"
-        code = launch(_prepare(run, say, label), _made(log))
+        recipe = _prepare(run, say, label)
+        if (run.folder / "checkpoints").exists() and not makers(run):
+            record_maker(run, Maker("unknown", ranks))  # who began it
+        record_maker(run, Maker(commit(), ranks))
+        code = launch(recipe, _made(log))
         if code == 0 and run.is_done:
             say(f"{label}: {_found(run)}, after {time.monotonic() - start:.0f} s")
         else:
@@ -58,11 +65,37 @@ def _prepare(run: Run, say: Say, label: str) -> Path:
                 f"folder: {run.folder} holds something that is no run. Remove it, or give another folder."
             )
         shutil.rmtree(run.folder)
+    if not going_on:
+        _makers_file(run).unlink(missing_ok=True)
     say(f"{label}: {'goes on' if going_on else 'starts'}")
     recipe = run.recipe.model_copy(update={"run": run.recipe.run.model_copy(update={"resume": going_on})})
     file = _made(run.recipe.run.folder / "recipes" / f"{run.name}.yaml")
     file.write_text(dump_recipe(recipe))
     return file
+
+
+class Maker(NamedTuple):
+    """What a run, or a part of it that was gone on with later, was made by. `commit`: see `katds.bench.report.commit`."""
+
+    commit: str
+    ranks: int
+
+
+def record_maker(run: Run, maker: Maker) -> None:
+    """Adds to what the run was made by so far: FOLDER/made/NAME.jsonl, a line for each start."""
+    with _made(_makers_file(run)).open("a") as file:
+        file.write(json.dumps(maker._asdict()) + "\n")
+
+
+def makers(run: Run) -> list[Maker]:
+    """All that the run was made by, in order, each once; none of a run from before this was recorded."""
+    file = _makers_file(run)
+    lines = file.read_text().splitlines() if file.exists() else []
+    return list(dict.fromkeys(Maker(**json.loads(line)) for line in lines))
+
+
+def _makers_file(run: Run) -> Path:
+    return run.recipe.run.folder / "made" / f"{run.name}.jsonl"
 
 
 def _made(file: Path) -> Path:
@@ -83,7 +116,7 @@ def _reason(log: Path) -> str:
     lines = (
         [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()] if log.exists() else []
     )
-    for pattern in (r"error( on rank \d+)?: ", r"(\[rank\d+\]: )?[\w.]*(Error|Exception)\b"):
+    for pattern in (r"(error|interrupted)( on rank \d+)?: ", r"(\[rank\d+\]: )?[\w.]*(Error|Exception)\b"):
         if found := [line for line in lines if re.match(pattern, line)]:
             return found[-1][:300]
     return lines[-1][:300] if lines else "it said nothing"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 RESAMPLES = 2000
+_DRAWN = 2**18  # numbers at a time
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -156,8 +157,10 @@ def resampled_means(values: Sequence[float], seed: int, resamples: int = RESAMPL
     """The mean of each of so many resamples of `values`, drawn with replacement."""
     data = np.asarray(values, dtype=np.float64)
     draws = np.random.default_rng(seed)
-    # One resample at a time: the whole [resamples, problems] matrix would be large for large evaluations.
-    return np.asarray([data[draws.integers(len(data), size=len(data))].mean() for _ in range(resamples)])
+    # Some resamples at a time: the whole [resamples, problems] matrix would be large for large evaluations.
+    rows = max(1, _DRAWN // len(data))
+    sizes = [min(rows, resamples - start) for start in range(0, resamples, rows)]
+    return np.concatenate([data[draws.integers(len(data), size=(size, len(data)))].mean(axis=1) for size in sizes])
 
 
 def _estimate(values: Sequence[float], means: np.ndarray) -> Estimate:

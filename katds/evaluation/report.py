@@ -9,16 +9,22 @@ from typing import Any
 
 from katds.data.benchmarks import Benchmark
 from katds.evaluation.metrics import Estimate, Evaluation, Scores
+from katds.files import replace_text
 
 _TITLES = ("benchmark", "problems", "n", "avg@n", "95% interval", "k", "pass@k", "95% interval", "tokens", "finished")
 
 
 def results(
-    model: Path, benchmarks: Sequence[Benchmark], evaluation: Evaluation, settings: Mapping[str, Any]
+    given: Path, model: Path, benchmarks: Sequence[Benchmark], evaluation: Evaluation, settings: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """All numbers. `metrics` has the names that a run's metrics.jsonl has below eval/."""
+    """All numbers. `metrics` has the names that a run's metrics.jsonl has below eval/.
+
+    Args:
+        given: what was asked for, such as a run; model: the folder with the weights that were scored, which says of which step.
+    """
     return {
-        "model": str(model),
+        "model": str(given),
+        "weights": str(model),
         "settings": dict(settings),
         "metrics": evaluation.metrics(),
         "benchmarks": {
@@ -45,8 +51,8 @@ def table(benchmarks: Sequence[Benchmark], evaluation: Evaluation) -> str:
 
 def write(folder: Path, found: Mapping[str, Any], text: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(found, indent=2) + "\n")
-    (folder / "results.md").write_text(f"{found['model']}\n\n{text}\n")
+    replace_text(folder / "results.json", json.dumps(found, indent=2) + "\n")
+    replace_text(folder / "results.md", f"{found['weights']}\n\n{text}\n")
 
 
 def _row(label: str, scores: Scores) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from typing import Any
 from katds.core.types import Prompt
 from katds.evaluation.evaluator import Samples
 from katds.evaluation.metrics import Sample
+from katds.files import append_text
 
 
 class SampleFile:
@@ -45,8 +46,7 @@ class SampleFile:
             {"problem": i, "prompt": _prompt_digest(prompts[i]), "samples": [astuple(sample) for sample in each]}
             for i, each in samples.items()
         ]
-        with self.path.open("a") as file:
-            file.write("\n" * torn + "".join(json.dumps(line) + "\n" for line in lines))
+        append_text(self.path, "\n" * torn + "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def _parsed(line: str) -> dict[str, Any]:

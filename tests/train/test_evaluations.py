@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +21,11 @@ from zoo import build_recipe, shared_folder
 
 from katds import evaluate as evaluation
 from katds.config import Recipe
+from katds.errors import Interrupted, KatdsError
 from katds.evaluation.evaluator import Evaluator
+from katds.parallel import export
 from katds.parallel.export import as_folder, find_model
+from katds.signals import listening
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +144,66 @@ def test_an_evaluation_that_broke_off_goes_on(recipe: dict[str, Any]) -> None:
     assert evaluated(recipe) == (whole, [])
 
 
+def asked_to_leave(recipe: dict[str, Any], number: int) -> tuple[int, str, int | None]:
+    """The evaluation of which rank 1 gets a signal in the middle of its first portion."""
+    sample = Evaluator.sample
+
+    def interrupted(self: Evaluator, chosen: Any) -> Any:
+        if int(os.environ["RANK"]) == 1:
+            os.kill(os.getpid(), number)
+        return sample(self, chosen)
+
+    Evaluator.sample = interrupted  # type: ignore[method-assign]
+    before = signal.getsignal(number)
+    with pytest.raises(Interrupted) as left:
+        evaluation.evaluate(Recipe.model_validate(recipe))
+    assert signal.getsignal(number) == before
+    return left.value.exit_code, str(left.value), left.value.reported_by
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_an_evaluation_that_is_asked_to_leave_keeps_its_portion(recipe: dict[str, Any], number: signal.Signals) -> None:
+    whole, asked = evaluated(recipe)
+    assert len(asked) == 2
+    recipe["run"]["name"] = "asked"
+    recipe["rollout"]["slots"] = 1  # two ranks' slots four times over: 4 problems of 2 samples, 2 problems of 5
+    for code, said, reporter in run_ranks(2, asked_to_leave, recipe, number):
+        assert (code, reporter) == (75, 0) and said.startswith(f"{number.name} came during the evaluation."), said
+    (one,) = results(recipe).iterdir()
+    assert len(one.read_text().splitlines()) == 1 + 4, "an identity, and the portion"
+    again, asked = evaluated(recipe, size=2)
+    assert again == whole and asked == [{"two": [0, 1]}, {"two": [2]}]
+
+
+def asked_before(recipe: dict[str, Any]) -> tuple[int, str]:
+    with listening(), pytest.raises(Interrupted) as left:
+        if int(os.environ["RANK"]) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        evaluation.evaluate(Recipe.model_validate(recipe))
+    return left.value.exit_code, str(left.value)
+
+
+def test_a_signal_before_the_model_is_loaded_ends_all_ranks(recipe: dict[str, Any]) -> None:
+    for code, said in run_ranks(2, asked_before, recipe):
+        assert code == 75 and said.startswith("SIGTERM came before anything was scored anew. The same command"), said
+    assert not (Path(recipe["run"]["folder"]) / "scores").exists()
+
+
+def test_hpz_that_does_not_fit_the_ranks_is_everyones_error(recipe: dict[str, Any], tmp_path: Path) -> None:
+    """And where it fits, the scores are those of a model without it."""
+    zero = json.loads(Path(recipe["student"]["deepspeed"]).read_text())
+    zero["zero_optimization"]["zero_hpz_partition_size"] = 2
+    (tmp_path / "hpz.json").write_text(json.dumps(zero))
+    whole, _ = evaluated(recipe)
+    recipe["run"]["name"], recipe["student"]["deepspeed"] = "hpz", str(tmp_path / "hpz.json")
+    said = set(run_ranks(3, failed, recipe, [tmp_path] * 3))
+    assert said == {
+        "ConfigError: student.deepspeed: zero_hpz_partition_size is 2, which does not divide the 3 ranks; set it to the ranks of a node."
+    }
+    assert not (tmp_path / "hpz").exists()
+    assert evaluated(recipe, size=2)[0] == whole
+
+
 def test_what_decides_a_sample_decides_which_are_used_again(recipe: dict[str, Any], base: Path, tmp_path: Path) -> None:
     whole, _ = evaluated(recipe)
     recipe["evaluation"]["k"] = 1  # is no part of a sample
@@ -171,6 +237,10 @@ def test_a_checkpoint_scores_as_the_model_it_ends_as(
     expected, _ = evaluated(recipe)
     recipe["run"]["name"], recipe["student"]["path"] = "from-checkpoint", str(run / place)
     assert evaluated(recipe, size=1 if place else 2)[0] == expected
+    written = json.loads((results(recipe) / "results.json").read_text())
+    weights = str(run / "checkpoints/step-4/model")
+    assert (written["model"], written["weights"]) == (str(run / place), weights)
+    assert weights in (results(recipe) / "results.md").read_text(), "a run's folder does not say of which step"
     ours, theirs = (
         load_file(folder / "model.safetensors") for folder in (run / "checkpoints/step-4/model", run / "final")
     )
@@ -189,7 +259,71 @@ def test_a_checkpoint_that_cannot_be_used_is_named(base: Path, tmp_path: Path) -
     (run / "checkpoints/step-2/student/zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
     with pytest.raises(Exception, match=r"step-2 cannot be put together .*another checkpoint"):
         as_folder(find_model(run / "checkpoints/step-2"))
-    assert not (run / "checkpoints/step-2/model").exists()
+    assert not list((run / "checkpoints/step-2").glob("model*"))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_two_evaluations_of_one_checkpoint_may_begin_together(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: bool
+) -> None:
+    """The other one writes the model while this one is about to, or has done so under its partial name."""
+    shutil.copytree(full_run(base, 2)[0] / "checkpoints/step-4", tmp_path / "step-4")
+    source, write = find_model(tmp_path / "step-4"), export._write
+
+    def interleaved(*given: Any) -> None:
+        monkeypatch.setattr(export, "_write", write)
+        if first:
+            as_folder(source)
+        write(*given)
+        if not first:
+            as_folder(source)
+
+    monkeypatch.setattr(export, "_write", interleaved)
+    made = as_folder(source)
+    final = load_file(full_run(base, 2)[0] / "final/model.safetensors")
+    assert all(torch.equal(tensor, final[name]) for name, tensor in load_file(made / "model.safetensors").items())
+    assert not list(made.parent.glob("*.partial"))
+
+
+def failed(recipe: dict[str, Any], places: Sequence[Path]) -> str:
+    os.chdir(places[int(os.environ["RANK"])])
+    with pytest.raises(KatdsError) as caught:
+        evaluation.evaluate(Recipe.model_validate(recipe))
+    return f"{type(caught.value).__name__}: {caught.value}"
+
+
+def test_weights_that_cannot_be_read_are_a_message(recipe: dict[str, Any], tmp_path: Path) -> None:
+    model = tmp_path / "cut-off"
+    shutil.copytree(recipe["student"]["path"], model)
+    with (model / "model.safetensors").open("r+b") as file:
+        file.truncate(5000)
+    recipe["student"]["path"] = str(model)
+    for said in run_ranks(2, failed, recipe, [tmp_path] * 2):
+        assert said.startswith(f"ConfigError: student.path: {model} cannot be loaded with ")
+
+
+def test_a_node_that_cannot_offload_is_everyones_error(recipe: dict[str, Any], tmp_path: Path) -> None:
+    """Or the ranks of the others would wait for its own."""
+    places = [tmp_path / "node-0", tmp_path / "node-1"]
+    for place in places:
+        place.mkdir()
+    (places[1] / "disk").touch()  # where its ranks should make a folder
+    offload = {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "disk"}}
+    (tmp_path / "nvme.json").write_text(json.dumps({"zero_optimization": offload}))
+    recipe["student"]["deepspeed"] = str(tmp_path / "nvme.json")
+    one, other = run_ranks(2, failed, recipe, places)
+    assert one == other and one.startswith("ConfigError: student.deepspeed: offload_param"), (one, other)
+
+
+def test_ranks_that_read_other_problems_do_not_wait_for_each_other(recipe: dict[str, Any], tmp_path: Path) -> None:
+    places = [tmp_path / "node-0", tmp_path / "node-1"]
+    rows = (tmp_path / "two.jsonl").read_text().splitlines(keepends=True)
+    for place, chosen in zip(places, (rows, rows[:2]), strict=True):
+        place.mkdir()
+        (place / "two.jsonl").write_text("".join(chosen))
+    recipe["evaluation"]["benchmarks"]["two"]["data"] = "two.jsonl"
+    for said in run_ranks(2, failed, recipe, places):
+        assert said.startswith("DesyncError: problems of two is ")
 
 
 def test_a_run_evaluates_its_benchmarks_in_one_phase(recipe: dict[str, Any], tmp_path: Path) -> None:
@@ -222,12 +356,12 @@ def test_settings_that_contradict_each_other(recipe: dict[str, Any], change: dic
         Recipe.model_validate(recipe)
 
 
+def reading(recipe: dict[str, Any], *parts: str) -> None:
+    refused(lambda: evaluation.evaluate(Recipe.model_validate(recipe)), *parts)
+
+
 def test_columns_of_a_benchmark_are_named_by_it(recipe: dict[str, Any]) -> None:
     recipe["evaluation"]["benchmarks"]["two"]["prompt_column"] = "question"
-    refused(
-        lambda: evaluation.evaluate(Recipe.model_validate(recipe)),
-        "two.jsonl:1",
-        "evaluation.benchmarks.two.prompt_column",
-    )
+    run_ranks(1, reading, recipe, "two.jsonl:1", "evaluation.benchmarks.two.prompt_column")
     recipe["evaluation"]["benchmarks"] = None
-    refused(lambda: evaluation.evaluate(Recipe.model_validate(recipe)), "nothing to score")
+    run_ranks(1, reading, recipe, "nothing to score")
