@@ -20,8 +20,10 @@ ROOT = Path(__file__).parent.parent
 LAUNCHED_BY = re.compile(r"^\[.*\] \[(INFO|WARNING|ERROR)\] ")  # lines of DeepSpeed's launcher
 
 
-def start(*arguments: str, launcher: bool = False) -> subprocess.CompletedProcess[str]:
-    """launch/train.py from the repository's root, as documented; two ranks with the launcher."""
+def start(
+    *arguments: str, launcher: bool = False, program: str = "launch/train.py"
+) -> subprocess.CompletedProcess[str]:
+    """A program from the repository's root, as documented; two ranks with the launcher."""
     command = [sys.executable]
     if launcher:
         with socket.socket() as free:
@@ -32,7 +34,7 @@ def start(*arguments: str, launcher: bool = False) -> subprocess.CompletedProces
     ours = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH"}
     environment = {key: value for key, value in os.environ.items() if key not in ours} | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*command, "launch/train.py", *arguments],
+        [*command, program, *arguments],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -86,6 +88,7 @@ def test_two_ranks_under_the_launcher(tmp_path: Path) -> None:
         "metrics.jsonl",
         "rollouts",
         "summary.json",
+        "timeline.jsonl",
     ]
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-2"]
     assert sorted(path.name for path in (folder / "rollouts").iterdir()) == ["step-000000.jsonl", "step-000001.jsonl"]
@@ -122,3 +125,17 @@ def test_user_errors(tmp_path: Path, flags: list[str], pieces: list[str]) -> Non
     before = contents(tmp_path)
     refused(start("--config", str(file), *flags), *pieces)
     assert contents(tmp_path) == before
+
+
+def test_evaluate_under_the_launcher_and_once_more_without(tmp_path: Path) -> None:
+    """The second time all samples are there: nothing is made again, and the scores are the same."""
+    file, found = recipe_file(tmp_path), list[tuple[str, list[tuple[str, int]]]]()
+    for launcher in (True, False):
+        done = start("--config", str(file), launcher=launcher, program="launch/evaluate.py")
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr and done.stdout.count("written to ") == 1
+        (folder,) = (tmp_path / "runs" / "run" / "evaluations").iterdir()
+        samples = [(path.name, path.stat().st_mtime_ns) for path in sorted(folder.glob("*.jsonl"))]
+        found.append(((folder / "results.json").read_text(), samples))
+    assert found[0] == found[1] and found[0][1]
+    refused(start("--config", str(file), "--evaluation.data", "gone.jsonl", program="launch/evaluate.py"), "gone.jsonl")

@@ -3,7 +3,7 @@
 With `overlap` the teacher scores, and the rule judges, the chunk before the one that is being decoded.
 
 Invariants: rollouts depend on the request, the seed and the models only, not on slots, chunk size, rank or world size.
-Every rank makes the same number of rounds, with one control reduction each; decoding itself has no collective.
+Ranks that share a teacher's shards make the same number of rounds, with one control reduction each; decoding itself has no collective.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from katds.rollout.scorer import Scores
 from katds.rollout.side import Side
 from katds.rollout.signal_log import SignalLog, first_rows
 from katds.rollout.sizes import EngineSettings, EngineStats
-from katds.rollout.slots import Seat, Slots, assign, natural_end
+from katds.rollout.slots import Seat, Slots, assign, natural_end, share
 
 PhaseClock = Callable[[str], AbstractContextManager[None]]  # times a named part, e.g. katds.train.clock.Clock
 
@@ -51,6 +51,8 @@ class RolloutEngine:
         say: told what a user should know, once.
         behaviour: who writes; one that lets the teacher write along needs a teacher that is lent whole.
         retokenise: for a teacher with another tokenizer, which then serves `Need.CHUNKS` and nothing else: begins a rollout of this prompt.
+        lockstep: the block of ranks that teachers are sharded over, if these are not all. Each block is given its part of the requests
+            beforehand and writes it at its own pace: no block waits for another before the end of the phase, nor takes over its requests.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class RolloutEngine:
         say: Callable[[str], None] = lambda _: None,
         behaviour: Behaviour | None = None,
         retokenise: Callable[[Prompt], Retokeniser] | None = None,
+        lockstep: Collective | None = None,
     ) -> None:
         if not teachers and (needs - OF_WRITER or rule.needs_divergence):
             raise ValueError("an objective or stop rule needs the teacher's signal, but the engine has no teacher")
@@ -78,6 +81,7 @@ class RolloutEngine:
         self._student = student
         self._rule = rule
         self._collective = collective
+        self._lockstep = lockstep or collective
         self._settings = settings
         self._clock = clock
         self._teachers = teachers
@@ -86,7 +90,7 @@ class RolloutEngine:
         self._phases = PhaseMaker(settings, needs, top_k, len(teachers), say, behaviour, retokenise)
         self._side = Side(settings.device, settings.overlap)
         self.stats = EngineStats()
-        self._finite = True  # of this rank's divergences
+        self._finite = True  # the divergences of this rank, then of its block
 
     @torch.no_grad()
     def generate(self, requests: Sequence[RolloutRequest], stream: int) -> RolloutBatch:
@@ -100,6 +104,8 @@ class RolloutEngine:
         self._finite = True
         # Audit rollouts run to their natural end and are the longest: begun first, they do not prolong the phase.
         queue = sorted(requests, key=lambda request: not request.audit)
+        blocks, block = self._collective.size // self._lockstep.size, self._collective.rank // self._lockstep.size
+        queue = share(queue, blocks)[block]
         done: list[tuple[Rollout, list[tuple[int, int]]]] = []
         signal = SignalLog()
         with ExitStack() as lent:
@@ -112,6 +118,7 @@ class RolloutEngine:
             finally:
                 self._side.join()
             del phase  # the caches, before the signal is laid end to end
+        self._end_together()
         done.sort(key=lambda pair: pair[0].id)
         return RolloutBatch([rollout for rollout, _ in done], signal.collect([rows for _, rows in done]))
 
@@ -122,7 +129,7 @@ class RolloutEngine:
         signal: SignalLog,
         done: list[tuple[Rollout, list[tuple[int, int]]]],
     ) -> None:
-        """Collective: rounds until no rank has anything left to write."""
+        """Collective of the block: rounds until none of its ranks has anything left to write, or one has failed."""
         while True:
             leaders, busy = self._admit(phase.slots, queue)
             if not busy:
@@ -136,14 +143,15 @@ class RolloutEngine:
             self._retire(phase, ended)
 
     def _admit(self, slots: Slots, queue: list[RolloutRequest]) -> tuple[dict[int, int], bool]:
-        """Collective: the round's control reduction. Returns the followers' leaders, and whether any rank is busy."""
-        rank, size = self._collective.rank, self._collective.size
+        """Collective of the block: the round's control reduction. Returns the followers' leaders, and whether any rank is busy."""
+        rank, size = self._lockstep.rank, self._lockstep.size
         report = torch.zeros(3, size, dtype=torch.int64)
         report[0, rank], report[1, rank], report[2, rank] = slots.free, len(slots.seats), not self._finite
         with self._clock("control"):
-            free, live, failed = self._collective.sum(report).tolist()
+            free, live, failed = self._lockstep.sum(report).tolist()
         if any(failed):
-            raise _not_finite()
+            self._finite = False
+            return {}, False
         given = assign(free, live, (r.prompt.index for r in queue))
         mine = [queue[i] for i in given[rank]]
         del queue[: sum(map(len, given))]
@@ -151,6 +159,15 @@ class RolloutEngine:
         for request in mine:
             self._rule.begin(request)
         return leaders, sum(live) + sum(map(len, given)) > 0
+
+    def _end_together(self) -> None:
+        """Collective: raises on all ranks where a divergence on any is not finite. The ranks of a block know that of each other."""
+        failed = torch.tensor([not self._finite])
+        if self._lockstep.size < self._collective.size:
+            with self._clock("control"):  # the wait for the slowest block
+                failed = self._collective.max(failed.long())
+        if bool(failed):
+            raise _not_finite()
 
     def _write(self, phase: Phase, leaders: dict[int, int]) -> Chunk | None:
         seats = phase.slots.seats
@@ -262,9 +279,7 @@ class RolloutEngine:
 
 
 def _not_finite() -> TrainingError:
-    error = TrainingError(
+    return TrainingError(
         "The divergence of student and teacher is not a finite number. Look at the logits of both models, or lower "
         "train.optimizer.lr; run.resume goes on from the last checkpoint."
-    )
-    error.reported_by_main = True
-    return error
+    ).everywhere()

@@ -234,11 +234,12 @@ class RoutedScorer:
             rows = (slots[:, None] * width + torch.arange(width)).flatten()
             for key, values in part.signal.items():
                 if key not in signal:
-                    signal[key] = values.new_empty(judged * width, *values.shape[1:])
+                    unscored = torch.nan if values.is_floating_point() else 0  # an error where it is read
+                    signal[key] = values.new_full((judged * width, *values.shape[1:]), unscored)
                 signal[key][upload(rows, values.device)] = values
             if part.divergences is not None:
                 if divergences is None:
-                    divergences = part.divergences.new_empty(judged, width)
+                    divergences = part.divergences.new_full((judged, width), torch.nan)
                 divergences[upload(slots, divergences.device)] = part.divergences
         return Scores(signal, divergences, tokens)
 

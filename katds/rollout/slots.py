@@ -92,6 +92,19 @@ def assign(free: Sequence[int], live: Sequence[int], groups: Iterable[int]) -> l
     return given
 
 
+def share(requests: Sequence[RolloutRequest], parts: int) -> list[list[RolloutRequest]]:
+    """Deals requests, in order, to blocks of ranks that will not ask each other for work: as many to each, up to a prompt's samples.
+
+    Samples of a prompt stay together while their block has less than its share. The first requests, the audited ones, are
+    dealt evenly too.
+    """
+    if parts == 1:
+        return [list(requests)]
+    room = [-(-len(requests) // parts)] * parts
+    dealt = assign(room, [0] * parts, (request.prompt.index for request in requests))
+    return [[requests[i] for i in part] for part in dealt]
+
+
 def _runs(groups: Iterable[int], limit: int) -> list[tuple[int, int]]:
     """Runs (first, size) of equal neighbours among the first `limit` entries."""
     runs: list[tuple[int, int]] = []

@@ -16,7 +16,8 @@ from zoo import random_model
 from katds.core.collective import Collective, Solo
 from katds.core.divergences import top_k_tail_reverse_kl
 from katds.core.stop.base import StopRule
-from katds.core.stop.kat import KatRule, Source, Supervise
+from katds.core.stop.kat import KatRule
+from katds.core.stop.kat_settings import Source, Supervise
 from katds.core.stop.simple import NeverRule
 from katds.core.threshold import AdaptiveThreshold
 from katds.core.types import Need, Prompt, Rollout, RolloutBatch, RolloutRequest

@@ -10,9 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from outside import Average
+from pydantic import ValidationError
 from whole_runs import records, timeless, train, weights
 from zoo import build_recipe
 
+from katds.cli import load_recipe
+from katds.config import Recipe
 from katds.core.behaviours import BEHAVIOURS
 
 STEPS = 4
@@ -62,3 +66,28 @@ def test_a_run_under_each_policy_and_its_resumption(tmp_path: Path, kind: str) -
     assert all(record["train/gradient_norm"] > 0 for record in steps)
     assert any(record["stop/kat"] > 0 for record in steps), "nothing was cut: the test is idle"
     assert_same_run(resumed(full, "again", recipe), full)
+
+
+def test_a_behaviour_from_outside_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file and a line: flags, help and the run know it, and what any blend asks of the teacher is asked before a model is loaded."""
+    monkeypatch.setitem(BEHAVIOURS, "average", Average)
+    with pytest.raises(SystemExit):
+        load_recipe(["--help"], "p", "d")
+    assert "--behaviour.share" in capsys.readouterr().out
+
+    recipe = recipe_of(tmp_path, "mixed", behaviour={"kind": "average", "share": 0.5}, evaluation={"data": None})
+    recipe["train"]["steps"] = 2
+    for section, change, message in (
+        ("teacher", {"gather": "layer"}, "behaviour.kind average .* set teacher.gather to phase or once"),
+        ("rollout", {"overlap": True}, "behaviour.kind average .* set rollout.overlap to false"),
+    ):
+        with pytest.raises(ValidationError, match=message):
+            Recipe.model_validate(recipe | {section: recipe[section] | change})
+
+    train(2, recipe)
+    steps = records(tmp_path / "runs" / "mixed")
+    assert [record["step"] for record in steps] == [0, 1]
+    assert all(math.isfinite(value) for record in steps for value in record.values())
+    assert steps[1]["rollout/kl_mean"] < steps[0]["rollout/kl_mean"], "the teacher's share brings the text nearer to it"

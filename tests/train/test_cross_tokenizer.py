@@ -74,7 +74,9 @@ def test_a_run_is_the_same_on_any_ranks_and_resumed(tmp_path: Path) -> None:
     for record in steps:
         assert all(map(math.isfinite, record.values())) and record["train/gradient_norm"] > 0
         share = record["train/tokens"] / (record["rollout/kept_mean"] * 12)
-        assert 0.1 < share < 1 and record["train/learned_share"] == pytest.approx(share)
+        assert 0.1 < share <= 1 and record["train/learned_share"] == pytest.approx(share)
+    # In some step, not in each: short rollouts may all be sayable, and what is sampled differs between processors.
+    assert any(record["train/learned_share"] < 1 for record in steps), "the teacher can say all: the test is idle"
 
     resumed = recipe_of(tmp_path, "resumed", **changes)
     shutil.copytree(tmp_path / "runs" / "ranks-2", tmp_path / "runs" / "resumed")
@@ -141,7 +143,7 @@ def test_a_reward_is_of_all_tokens_also_of_those_that_the_teacher_cannot_say(tmp
     recipe = recipe_of(tmp_path, "rewarded", reward={"weight": 0.5}, checkpoint={"every": 0, "export": False})
     train(1, recipe)
     steps = [r for r in records(tmp_path / "runs" / "rewarded") if "loss/total" in r]
-    assert steps and all(record["train/learned_share"] < 1 for record in steps)
+    assert any(record["train/learned_share"] < 1 for record in steps), "the teacher can say all: the test is idle"
     for record in steps:
         assert record["train/tokens"] == pytest.approx(record["rollout/kept_mean"] * 12)
 

@@ -78,8 +78,11 @@ def test_the_teacher_is_gathered_as_the_recipe_says(gather: str, monkeypatch: py
     models: dict[str, Any] = {"student": {"path": "s"}, "data": {"train": "d"}}
     recipe = Recipe.model_validate({"run": {"name": "r"}, "teacher": {"path": "t", "gather": gather}, **models})
     facts = SimpleNamespace(tokenizer_size=9)
-    inputs = SimpleNamespace(facts=facts, teacher_vocabulary=11, student_json={}, teacher_jsons=[{}])
+    zero = {"zero_optimization": {"stage": 3}}
+    inputs = SimpleNamespace(facts=facts, teacher_vocabulary=11, student_json=zero, teacher_jsons=[zero])
+    world = SimpleNamespace(collective=Solo(), block=lambda ranks: SimpleNamespace(group=f"blocks of {ranks}"))
     monkeypatch.setattr(run, "load_student", lambda *_: "student")
     monkeypatch.setattr(run, "load_frozen", lambda *given: given)
-    _, given = run._load_models(recipe, inputs, Solo(), False)  # type: ignore[arg-type]
-    assert given == [(Path("t"), {}, 11, gather)]
+    _, (given,) = run._load_models(recipe, inputs, world, [2], False)  # type: ignore[arg-type]
+    path, settings, *others = given
+    assert path == Path("t") and settings["zero_optimization"]["stage"] == 3 and others == [11, gather, "blocks of 2"]

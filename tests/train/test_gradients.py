@@ -30,6 +30,7 @@ from zoo import build_model, deepspeed_json, optimizer
 
 from katds.core.collective import Solo
 from katds.models import tiled_head
+from katds.parallel.sequence import UlyssesShards
 from katds.parallel.world import start_world
 from katds.parallel.zero import load_frozen, load_student
 
@@ -151,10 +152,13 @@ def test_nothing_kept_means_no_update(models: Models) -> None:
 
 
 def zero_errors(
-    models: Models, student: str, checkpointing: bool, config: dict[str, Any]
+    models: Models, student: str, checkpointing: bool, config: dict[str, Any], sharers: int
 ) -> dict[str, dict[str, float]]:
-    """On a rank: every objective through real ZeRO-3 engines; the errors of gradient, norm and loss against fp64."""
+    """On a rank: every objective through real ZeRO-3 engines; the errors of gradient, norm and loss against fp64.
+
+    `sharers`: ranks that share a micro-batch by sequence parallelism."""
     world = start_world()
+    shards = UlyssesShards(sharers) if sharers > 1 else None
     # Rate 0: the weights stay, so one pair of engines serves all cases.
     settings = optimizer(lr=0.0, gradient_clip=None)
     learns = load_student(models.paths[student], config, reference.VOCABULARY, settings, checkpointing)
@@ -174,7 +178,7 @@ def zero_errors(
         # Of the five minibatches some have fewer rollouts than there are ranks: the others go through a dummy.
         cases = [("spread", 24, 1), ("one_rank", 10**6, 5 if name in LONE else 1)]
         for owner, budget, minibatches in cases[name in PUBLISHED :]:
-            learner = reference.learner(name, learns, teacher, world.collective, budget, minibatches)
+            learner = reference.learner(name, learns, teacher, world.collective, budget, minibatches, shards)
             needs = reference.objective(name).needs
             batch = data.batch(lambda i, to=OWNERS[owner]: to(i, world.size) == world.rank, needs, dtype)
             report = learner.update(batch, data.requests, step=0)
@@ -210,22 +214,25 @@ def plain_errors(models: Models, student: str, dtype: torch.dtype) -> dict[str, 
 
 
 @pytest.mark.parametrize(
-    ("size", "student", "checkpointing", "dtype"),
+    ("size", "student", "checkpointing", "dtype", "sharers"),
     [
-        (1, "tied", True, torch.float32),
-        (2, "tied", False, torch.float32),
-        (2, "untied", True, torch.float32),
-        (4, "tied", True, torch.float32),
-        (2, "untied", False, torch.bfloat16),
+        (1, "tied", True, torch.float32, 1),
+        (2, "tied", False, torch.float32, 1),
+        (2, "untied", True, torch.float32, 1),
+        (4, "tied", True, torch.float32, 1),
+        (2, "untied", False, torch.bfloat16, 1),
+        (2, "untied", False, torch.float32, 2),
+        (4, "tied", True, torch.float32, 2),
+        (2, "untied", True, torch.bfloat16, 2),
     ],
 )
 def test_gradient_of_zero3_engines(
-    models: Models, size: int, student: str, checkpointing: bool, dtype: torch.dtype
+    models: Models, size: int, student: str, checkpointing: bool, dtype: torch.dtype, sharers: int
 ) -> None:
     """At most twice the rounding error of one unsharded model, against fp64 (ZeRO-3 has no fp64 gradients)."""
     bounds = plain_errors(models, student, dtype)
     assert max(bounds.values()) < (1e-5 if dtype is torch.float32 else 0.05), bounds
     config = deepspeed_json() | ({"bf16": {"enabled": True}} if dtype is torch.bfloat16 else {})
-    for rank in run_ranks(size, zero_errors, models, student, checkpointing, config):
+    for rank in run_ranks(size, zero_errors, models, student, checkpointing, config, sharers):
         for case, errors in rank.items():
             assert max(errors.values()) < 2 * bounds[case.split()[0]] + 1e-6, (case, errors, bounds)

@@ -20,7 +20,7 @@ from zoo import deepspeed_json
 
 from katds import evaluate as evaluation
 from katds import run
-from katds.cli import load_recipe
+from katds.cli import load_recipe, read_recipe
 from katds.config import Recipe
 from katds.inputs import Inputs, read_inputs
 
@@ -146,6 +146,17 @@ def test_a_recipe_loads_as_it_is(place: Path, monkeypatch: pytest.MonkeyPatch, n
     # A base model ends otherwise than the chat model that teaches it: the recipe names the template's own end.
     assert inputs.facts.eos_ids == tuple(sorted(inputs.tokenizer.convert_tokens_to_ids([END, CHAT_END])))
     assert inputs.facts.warnings == ()
+
+
+def test_every_recipe_for_a_base_model_ends_as_its_chat_template_does() -> None:
+    """Else a response that ends as the teacher ends goes on to its maximum length."""
+    files = [path for path in (ROOT / "launch/recipes").glob("*.yaml") if not path.name.startswith("compare_")]
+    based = [recipe for recipe in map(read_recipe, files) if recipe["student"]["path"].endswith("-Base")]
+    assert len(based) == len(QWEN) + 1
+    for recipe in based:
+        assert recipe["rollout"]["end_tokens"] == [CHAT_END] and recipe["data"]["template_options"] == {
+            "enable_thinking": False
+        }
 
 
 def test_dapo_in_its_first_form(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

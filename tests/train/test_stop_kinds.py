@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from outside import Likelihood, TokenRule
+from ranks import run_ranks
 from test_whole_runs import refusal, rollouts_of
 from whole_runs import full_run, records, train
 from zoo import build_recipe, shared_folder
@@ -116,7 +117,7 @@ def test_a_missing_record_ends_the_run_before_it_begins(base: Path, tmp_path: Pa
     full_run(base, 2)
     recipe = build_recipe(base, "none", run={"folder": str(tmp_path)})
     recipe["stop"] = {"kind": "first_of", "rules": [LOOPS, {"kind": "replay", "run": str(tmp_path)}]}
-    kind, message = refusal(recipe)
+    ((kind, message),) = run_ranks(1, refusal, recipe)
     assert kind == "ConfigError" and message.startswith(f"stop.rules[1].run: {tmp_path / lengths.FILE} cannot be read.")
     assert not (tmp_path / "none").exists()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,16 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from watching import charts, pages
 from whole_runs import full_run, rankless, records, train, weights
 from zoo import build_recipe, deepspeed_json, shared_folder
 
 from katds import evaluate as evaluation
 from katds import run
 from katds.config import Recipe
-from katds.errors import KatdsError
+from katds.errors import ConfigError, KatdsError
+from katds.parallel.agree import together
+from katds.parallel.world import start_world
 
 STEPS, PER_STEP, AUDITED = 4, 12, 3
 
@@ -103,6 +107,13 @@ def test_tensorboard_holds_metrics_jsonl(base: Path) -> None:
     assert_same_as_tensorboard(folder)
     evaluated = [record for record in records(folder) if "eval/avg@2" in record]
     assert [record["step"] for record in evaluated] == [0, 2, 4]
+    drawn = [tag for category in charts(folder).values() for tags in category.values() for tag in tags]
+    assert sorted(drawn) == sorted({tag for record in records(folder) for tag in record} - {"step"})
+    samples = (json.loads(line) for line in (folder / "rollouts" / "step-000003.jsonl").read_text().splitlines())
+    text = pages(folder)[STEPS - 1]
+    assert (
+        all(f"rollout {row['id']} (audit)" in text or not row["audit"] for row in samples) and text.count("<h4>") == 4
+    )
 
 
 def assert_same_as_tensorboard(folder: Path) -> None:
@@ -127,11 +138,42 @@ def test_rollout_samples(base: Path) -> None:
             ids, kept, reason = ranks[0][str(step)]["rollouts"][str(row["id"])]
             assert (row["tokens"], row["kept"], row["reason"]) == (len(ids), kept, reason)
             assert len(row["response"].split()) == row["tokens"] == len(row["kl"]) and min(row["kl"]) > -1e-4
+            assert (
+                "".join(row["pieces"]) == row["response"]
+                and [p.strip() for p in row["pieces"]] == row["response"].split()
+            )
+            assert row["right"] is None if row["reason"] == "kat" else row["right"] in (True, False)
             assert row["prompt"].startswith("<user>") and row["prompt"].endswith("<assistant>")
             assert row["audit"] is False or row["reason"] != "kat"
             assert row["cut_at"] is None or row["kept"] == row["cut_at"] - 5  # window 4, persistence 2, stride 1
             cuts += row["cut_at"] is not None
     assert cuts > 0
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_timeline_agrees_with_the_times_of_metrics(base: Path, size: int) -> None:
+    """Evaluations follow the steps 2 and 4, checkpoints as well; the phases of a rank neither overlap nor leave its step."""
+    folder, _ = full_run(base, size)
+    lines = [json.loads(line) for line in (folder / "timeline.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(STEPS))
+    begins = [line["began"] for line in lines]
+    steps = [record for record in records(folder) if "loss/total" in record]
+    for line, following, record in zip(lines, [*begins[1:], math.inf], steps, strict=True):
+        assert list(line["ranks"]) == list(line["parts"]) == [str(rank) for rank in range(size)]
+        for phases in line["ranks"].values():
+            after = ["evaluation", "checkpoint"] if line["step"] % 2 else []
+            assert [name for name, _, _ in phases] == ["rollout", "learn", "report", *after]
+            times = [time for _, begin, end in phases for time in (begin, end)]
+            assert times == sorted(times) and times[0] >= 0
+        assert line["began"] + line["ranks"]["0"][-1][-1] <= following + 0.001  # both are rounded
+        for name, begin, end in line["ranks"]["0"][:3]:
+            assert end - begin == pytest.approx(record[f"time/{name}"], abs=2e-4)
+        nested = {
+            f"time/{path}": seconds
+            for path, seconds in line["parts"]["0"].items()
+            if path.startswith(("rollout", "learn"))
+        }
+        assert nested == pytest.approx({k: v for k, v in record.items() if k.count("/") > 1}, abs=2e-4)
 
 
 def test_run_folder_and_summary(base: Path) -> None:
@@ -145,6 +187,7 @@ def test_run_folder_and_summary(base: Path) -> None:
         "metrics.jsonl",
         "rollouts",
         "summary.json",
+        "timeline.jsonl",
     ]
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-2", "step-4"]
     recipe = yaml.safe_load((folder / "config.yaml").read_text())
@@ -157,7 +200,7 @@ def test_run_folder_and_summary(base: Path) -> None:
         "steps", "ranks", "before", "after", "rollouts", "rollout_tokens", "prefix_tokens", "kept_tokens", "learned_tokens", "length_mean",
         "saved_fraction",
         "saved_fraction_since_first_termination", "saved_fraction_paired", "terminated_share",
-        "terminated_share_since_first_termination", "false_termination_share", "audit_rollouts", "threshold", "seconds",
+        "terminated_share_since_first_termination", "false_termination_share", "audit_rollouts", "audit_cut_graded", "threshold", "seconds",
         "training_seconds", "decoded_tokens", "rollout_tokens_per_second", "rollout_tokens_per_second_and_rank", "peak_memory_bytes",
         "device", "versions",
     }  # fmt: skip
@@ -291,3 +334,44 @@ def test_a_run_that_diverges_ends_on_all_ranks(tmp_path: Path) -> None:
             assert kind == "ConfigError" and message.startswith(
                 f"teacher.path: {tmp_path / 'teacher'} cannot be loaded"
             )
+
+
+def refusal_of_one_host(recipe: dict[str, Any]) -> list[tuple[str, int | None]]:
+    """Rank 1 has no data where the recipe says it lies; both begin to train, and then to evaluate."""
+    if os.environ["RANK"] == "1":
+        recipe["data"]["train"] = str(Path(recipe["data"]["train"]).with_name("gone.jsonl"))
+        recipe["evaluation"]["data"] = recipe["data"]["train"]
+    said = []
+    for program in (run.train, evaluation.evaluate):
+        with pytest.raises(ConfigError) as refused:
+            program(Recipe.model_validate(recipe))
+        said.append((str(refused.value), refused.value.reported_by))
+    return said
+
+
+def test_what_one_host_cannot_read_ends_the_program_on_all(tmp_path: Path) -> None:
+    """At once: others would wait for it for half an hour."""
+    for said in run_ranks(2, refusal_of_one_host, build_recipe(tmp_path, "run")):
+        assert [rank for _, rank in said] == [1, 1]
+        assert [message.split()[0] for message, _ in said] == ["data.train", "evaluation.data"], said
+
+
+def failing(problem: Exception) -> str:
+    """Rank 1 of two fails in what both do."""
+    world = start_world()
+
+    def act() -> None:
+        if world.rank == 1:
+            raise problem
+
+    with pytest.raises(Exception, match="no such thing") as failed:
+        together(world.collective, act)
+    return f"{type(failed.value).__name__}: {failed.value}"
+
+
+def test_a_bug_on_one_rank_keeps_its_traceback_and_ends_the_others() -> None:
+    assert run_ranks(2, failing, ValueError("no such thing. Or so")) == [
+        "KatdsError: ValueError: no such thing",
+        "ValueError: no such thing. Or so",
+    ]
+    assert run_ranks(2, failing, ConfigError("no such thing. Or so")) == ["ConfigError: no such thing. Or so"] * 2

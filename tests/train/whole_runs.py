@@ -50,7 +50,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 
 def timeless(record: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in record.items() if not key.startswith(("time/", "throughput/"))}
+    return {key: value for key, value in record.items() if not key.startswith(("time/", "throughput/", "memory/"))}
 
 
 def rankless(record: dict[str, Any]) -> dict[str, Any]:
