@@ -8,12 +8,12 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from linters import assert_clean
 
 ROOT = Path(__file__).parent.parent
 FILES = [ROOT / "docker/Dockerfile", ROOT / "docker/Dockerfile.cpu"]
@@ -30,11 +30,7 @@ def instructions(path: Path) -> Iterator[tuple[str, str]]:
 
 @each_file
 def test_files_are_clean(path: Path) -> None:
-    program = shutil.which("hadolint") or str(Path(sys.executable).with_name("hadolint"))
-    if not Path(program).exists():
-        pytest.skip("hadolint is not installed")
-    done = subprocess.run([program, str(path)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+    assert_clean("hadolint", path)
 
 
 @each_file
@@ -77,9 +73,34 @@ def test_the_entry_point_explains_itself() -> None:
     assert "katds train --config" in text and "set -euo" not in text
     done = subprocess.run([program, "fly"], capture_output=True, text=True)
     assert done.returncode == 2 and "'fly' is not a program" in done.stderr
-    shell = shutil.which("shellcheck") or str(Path(sys.executable).with_name("shellcheck"))
-    if Path(shell).exists():
-        subprocess.run([shell, program], check=True)
+    assert_clean("shellcheck", program)
+
+
+def test_every_program_of_launch_is_one_of_the_image() -> None:
+    text = (ROOT / "docker/katds").read_text()
+    (named,) = re.findall(r"^(.*)\) exec \.venv/bin/python", text, re.MULTILINE)
+    (of_ranks,) = re.findall(r"^(.*)\) exec launch/cluster/node\.sh", text, re.MULTILINE)
+    assert {f"{name}.py" for name in f"{named} | {of_ranks}".split(" | ")} == {
+        path.name for path in (ROOT / "launch").glob("*.py")
+    }
+    assert f"katds {named} ..." in text, "it is not explained"
+
+
+@pytest.mark.parametrize(("listed", "healthy"), [("GPU 0: NVIDIA H200\n", True), ("", False)], ids=["GPUs", "none"])
+def test_health_counts_on_gpus(tmp_path: Path, listed: str, healthy: bool) -> None:
+    """As the GPU image asks, of a machine whose GPUs are listed one after the other."""
+    place = tmp_path / "opt"
+    (place / "docker").mkdir(parents=True)
+    shutil.copy(ROOT / "docker/katds", place / "docker")
+    (place / ".venv/bin").mkdir(parents=True)
+    (place / ".venv/bin/python").symlink_to("/bin/true")
+    lister = tmp_path / "nvidia-smi"
+    lister.write_text(f"#!/bin/bash\nfor i in 1 2 3 4; do printf '{listed}' || exit 1; sleep 0.05; done\n")
+    lister.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "KATDS_NEEDS_GPU": "1"}
+    done = subprocess.run([place / "docker/katds", "health"], capture_output=True, text=True, env=environment)
+    assert (done.returncode == 0) == healthy, done.stderr
+    assert healthy or "there is no GPU" in done.stderr
 
 
 @dataclass

@@ -9,27 +9,36 @@
 # Ctrl-C or SIGTERM: the run finishes its step, saves and leaves; Ctrl-C again ends it at once. If this script or a connection is
 # lost, the ranks save and leave as well, and nothing stays behind. Start it again: it goes on from the newest checkpoint.
 #
+# It leaves with the worst code of the hosts: 0 all is done, 75 asked to leave and saved, 69 hosts are missing, any other a failure.
+#
 # Variables (default), besides PYTHON of node.sh:
 #   MASTER_PORT (29500)         a port that is free there
 #   PROGRAM (launch/train.py)   a program other than train.py is not given --run.resume
 #   MASTER_ADDR (first host)    its name or address as the others reach it
-#   SSH (ssh -o BatchMode=yes -o ServerAliveInterval=30)   how to get there
+#   PATIENCE_SECONDS (15)       from the first host's failure to the end of the others; one that knows the cause ends some seconds after
+#   SSH (ssh -o BatchMode=yes -o ServerAliveInterval=60)   how to get there. A connection is given up after three times that, and the
+#                               other hosts' ranks are killed: not before they have found out themselves, run.lost_after_seconds, and said so
 set -euo pipefail
 fail() {
 	echo "error: $1" >&2
 	exit 2
 }
-(($# > 0)) && [[ -r $1 ]] || fail "${1:-nothing} is no readable HOSTFILE. Write ssh.sh HOSTFILE --config RECIPE.yaml."
+if [[ ! -r ${1:-} ]]; then
+	fail "${1:-nothing} is no readable HOSTFILE. Write ssh.sh HOSTFILE --config RECIPE.yaml."
+fi
 hostfile=$1
 shift
 PROGRAM=${PROGRAM:-launch/train.py}
-SSH=${SSH:-ssh -o BatchMode=yes -o ServerAliveInterval=30}
+PATIENCE_SECONDS=${PATIENCE_SECONDS:-15}
+[[ $PATIENCE_SECONDS =~ ^[0-9]+$ ]] || fail "PATIENCE_SECONDS is '$PATIENCE_SECONDS'. Give a whole number."
+SSH=${SSH:-ssh -o BatchMode=yes -o ServerAliveInterval=60}
 
 hosts=()
 slots=
-while read -r host count _; do
+while read -r host count _ || [[ -n $host ]]; do # the last line need not end
+	host=${host%$'\r'} count=${count%$'\r'}
 	[[ -z $host || $host == \#* ]] && continue
-	[[ $count == slots=* ]] || fail "'$host $count' in $hostfile has no slots. Write HOST slots=RANKS."
+	[[ $count =~ ^slots=[1-9][0-9]*$ ]] || fail "'$host $count' in $hostfile has no slots. Write HOST slots=RANKS."
 	count=${count#slots=}
 	[[ ${slots:=$count} == "$count" ]] || fail "$hostfile has hosts with different slots. Give all as many."
 	hosts+=("$host")
@@ -67,7 +76,17 @@ for node in "${!hosts[@]}"; do
 	mouths+=("$mouth")
 done
 
+weight() { # of an exit code: the heaviest is the run's
+	case $1 in
+	0) echo 0 ;;
+	75) echo 1 ;;
+	69) echo 2 ;;
+	*) echo 3 ;;
+	esac
+}
 code=0
+deadline=
+killed=
 left=("${connections[@]}")
 while ((${#left[@]} > 0)); do
 	running=()
@@ -78,11 +97,14 @@ while ((${#left[@]} > 0)); do
 		fi
 		status=0
 		wait "$connection" || status=$?
-		if ((status != 0 && code == 0)); then
-			code=$status
-			((code == 75)) || tell KILL # the other nodes would wait for the one that is gone
-		fi
+		[[ -z $killed ]] || continue # what a killed node leaves with says nothing
+		(($(weight "$status") <= $(weight "$code"))) || code=$status
+		((status == 0 || status == 75)) || : "${deadline:=$((SECONDS + PATIENCE_SECONDS))}"
 	done
+	if [[ -z $killed && -n $deadline ]] && ((SECONDS >= deadline)); then
+		killed=1
+		tell KILL # the other nodes would wait for the one that is gone
+	fi
 	left=("${running[@]+"${running[@]}"}")
 	((${#left[@]} == 0)) || { sleep 0.5 & wait $! || true; }
 done
