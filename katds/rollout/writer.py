@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from itertools import chain
 from typing import Protocol
@@ -33,6 +33,7 @@ class WritingTeacher(Protocol):
 
     def decoding(self) -> AbstractContextManager[FlatCausalLM]: ...
     def embedding_weight(self) -> AbstractContextManager[torch.Tensor]: ...
+    def head_weight(self) -> AbstractContextManager[tuple[torch.Tensor, torch.Tensor | None]]: ...
 
 
 def teacher_engine(
@@ -88,9 +89,14 @@ class TeacherPen:
             written |= part
         return [_ids(written[prefix])[:count].tolist() for prefix, count in asked]
 
-    def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """Collective unless the teacher is kept whole: see `Pen.embed`. The embedding is gathered for the call."""
-        with self.teacher.embedding_weight() as weight, torch.no_grad():
+    def embed(self, ids: torch.Tensor, output: bool = False) -> torch.Tensor:
+        """Collective unless the teacher is kept whole: see `Pen.embed`. The table is gathered for the call."""
+        with ExitStack() as lent, torch.no_grad():
+            weight = (
+                lent.enter_context(self.teacher.head_weight())[0]
+                if output
+                else lent.enter_context(self.teacher.embedding_weight())
+            )
             rows = torch.nn.functional.embedding(ids.to(weight.device).long(), weight)
             return rows.float().to(ids.device)
 

@@ -101,12 +101,13 @@ def _tropd(settings: Any, r: Tokens, now: Moment, top_k: int) -> torch.Tensor:
 
 def _eopd(settings: Any, r: Tokens, now: Moment, top_k: int) -> torch.Tensor:
     undecided = -(r.q.exp() * r.q).sum(-1) > settings.entropy_gate
-    return _ppo(r, _reward(r), settings) + undecided.double() * _forward_kl(r, top_k)
+    return _ppo(r, _reward(r), settings) + settings.forward_weight * undecided.double() * _forward_kl(r, top_k)
 
 
 def _iw_opd(settings: Any, r: Tokens, now: Moment, top_k: int) -> torch.Tensor:
     sizes = np.abs(_as_written(r).numpy())
-    share = [sizes[: t + 1].sum() / sizes.sum() for t in range(len(sizes))]
+    itself = settings.share == "inclusive"
+    share = [sizes[: t + itself].sum() / sizes.sum() for t in range(len(sizes))]
     weight = 1 + settings.gain * (1 - np.array(share))
     return torch.from_numpy(weight) * _ppo(r, _reward(r), settings)
 
@@ -116,9 +117,17 @@ def _reopold(settings: Any, rollouts: Sequence[Tokens], now: Moment) -> Losses:
     losses = [_ppo(r, _as_written(r).clamp(min=floor), settings) for r in rollouts]
     if now.step < settings.switch * now.steps:
         return [(loss, _as_written(r) >= floor) for loss, r in zip(losses, rollouts, strict=True)]
-    everyone = np.sort(np.concatenate([r.entropies.numpy() for r in rollouts]))
+    candidates = [
+        _as_written(r).numpy() >= (floor if settings.below_floor == "left_out" else -np.inf) for r in rollouts
+    ]
+    everyone = np.sort(
+        np.concatenate([r.entropies.numpy()[mask] for r, mask in zip(rollouts, candidates, strict=True)])
+    )
     edge = everyone[-max(1, round(settings.entropy_share * len(everyone)))]
-    return [(loss, torch.from_numpy(r.entropies.numpy() >= edge)) for loss, r in zip(losses, rollouts, strict=True)]
+    return [
+        (loss, torch.from_numpy((r.entropies.numpy() >= edge) & mask))
+        for loss, r, mask in zip(losses, rollouts, candidates, strict=True)
+    ]
 
 
 def _cross_tokenizer(settings: Any, r: Tokens) -> tuple[torch.Tensor, torch.Tensor]:

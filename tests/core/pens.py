@@ -43,9 +43,10 @@ class ScriptedPen:
         length = min(1 + key(1, *prefix) % 6, tokens)
         return [key(2, i, *prefix) % len(self._embeddings_VH) for i in range(length)]
 
-    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+    def embed(self, ids: torch.Tensor, output: bool = False) -> torch.Tensor:
+        """Its head has the rows of the embeddings in another order."""
         self._collective.gather("embed")
-        return self._embeddings_VH[ids]
+        return (self._embeddings_VH.flip(0) if output else self._embeddings_VH)[ids]
 
 
 class ModelPen:
@@ -62,5 +63,6 @@ class ModelPen:
         return written[0, len(prefix) :].tolist()
 
     @torch.no_grad()
-    def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        return self._model.get_input_embeddings()(ids).float()
+    def embed(self, ids: torch.Tensor, output: bool = False) -> torch.Tensor:
+        table = self._model.get_output_embeddings() if output else self._model.get_input_embeddings()
+        return table.weight[ids].float()

@@ -75,6 +75,14 @@ def test_the_budget_falls_to_nothing_and_then_the_student_writes_alone() -> None
     assert Blend.from_settings(BlendSettings(anneal=0.0), 20).at(0) is None
 
 
+def test_the_budget_may_fall_along_a_cosine() -> None:
+    policy = Blend.from_settings(BlendSettings(budget=0.4, anneal=0.6, schedule="cosine"), 20)
+    assert [policy.budget(step) for step in (0, 3, 4, 6, 12, 13)] == pytest.approx(
+        [0.4, 0.2 + 0.2 * 0.5**0.5, 0.3, 0.2, 0.0, 0.0]
+    )
+    assert policy.at(11) is not None and policy.at(12) is None
+
+
 def asked(id: int, tokens: int = 400) -> RolloutRequest:
     return RolloutRequest(id, Prompt(0, (1,)), tokens)
 

@@ -26,6 +26,7 @@ from katds.core.types import EOS, LENGTH, Cut, Field, Prompt, Rollout, RolloutBa
 SETTINGS = {
     "horizon": 4, "budget": 2.0, "surface": 0.3, "surface_weight": 0.25, "guidance": 0.7, "regularisation": 0.2,
 }  # fmt: skip
+CHOICES = {"embedding": "input", "cost": "cosine", "solver": "sinkhorn"}  # the defaults
 V = 13
 
 
@@ -67,7 +68,7 @@ def step(lengths: tuple[int, ...], ends: tuple[str, ...]) -> tuple[torch.Tensor,
 def by_formula(settings: SimpleNamespace, z: torch.Tensor, q: torch.Tensor, batch: RolloutBatch, pen: ScriptedPen):
     """The loss token by token in float64: states taken one by one from the sorted list, transport by POT, and the sums as written."""
     p = z.log_softmax(-1)
-    embeddings = pen.embed(torch.arange(V)).double().numpy()
+    embeddings = pen.embed(torch.arange(V), settings.embedding == "output").double().numpy()
     starts = np.cumsum([0, *(r.kept for r in batch.rollouts)])
     listed = [
         (-r.divergences[t], r.id, t, r, start + t)
@@ -89,9 +90,16 @@ def by_formula(settings: SimpleNamespace, z: torch.Tensor, q: torch.Tensor, batc
         theirs = pen.continuation((*r.request.prompt.token_ids, *r.response_ids[:t]), settings.horizon)
         if r.reason != EOS:
             theirs = theirs[: len(ours)]
-        cost = cdist(embeddings[ours], embeddings[theirs], "cosine")
-        weights = (np.full(len(x), 1 / len(x)) for x in (ours, theirs))
-        plan = ot.sinkhorn(*weights, cost, settings.regularisation, "sinkhorn_log", numItermax=100_000, stopThr=1e-13)
+        x, y = (embeddings[ids] for ids in (ours, theirs))
+        if settings.cost == "euclidean":
+            x, y = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True) for vectors in (x, y))
+        cost = cdist(x, y, settings.cost)
+        weights = [np.full(len(x), 1 / len(x)) for x in (ours, theirs)]
+        plan = (
+            ot.emd(*weights, cost)
+            if settings.solver == "exact"
+            else ot.sinkhorn(*weights, cost, settings.regularisation, "sinkhorn_log", numItermax=100_000, stopThr=1e-13)
+        )
         transports.append(((plan * cost).sum(), row, theirs, plan / plan.sum(1, keepdims=True)))
     transports.sort(key=lambda entry: entry[0])
     few = round(settings.surface * len(transports))
@@ -109,16 +117,21 @@ def by_formula(settings: SimpleNamespace, z: torch.Tensor, q: torch.Tensor, batc
     return loss, len(states), few
 
 
-def test_value_and_gradient_are_those_of_the_formula() -> None:
+@pytest.mark.parametrize(
+    "choice",
+    [{}, {"embedding": "output"}, {"cost": "euclidean"}, {"solver": "exact"}],
+    ids=lambda choice: "-".join(choice),
+)
+def test_value_and_gradient_are_those_of_the_formula(choice: dict[str, str]) -> None:
     """Over a whole step in float64, but for the weights, which are rounded to float32: by up to 6e-8 of the logarithms of some 20 guided
     tokens, each below 10."""
     z, q, batch = step((9, 0, 12, 7, 15), (EOS, LENGTH, "kat", LENGTH, EOS))
     pen = ScriptedPen()
-    objective = topd()
+    objective = topd(**choice)
     made = objective.prepare(batch, at(pen), Solo())
     actions = torch.zeros(len(z), dtype=torch.int64)
     sums = objective.tile(z.log_softmax(-1), actions, batch.signal | made)
-    loss, states, few = by_formula(SimpleNamespace(**SETTINGS), z, q, batch, ScriptedPen())
+    loss, states, few = by_formula(SimpleNamespace(**CHOICES | SETTINGS | choice), z, q, batch, ScriptedPen())
     assert (states, few) == (9, 3) and objective.metrics()["topd/states"] == 9
     assert sums["loss"].item() == pytest.approx(loss.item(), abs=1e-5)
     expected, gradient = (torch.autograd.grad(value, z, retain_graph=True)[0] for value in (loss, sums["loss"]))

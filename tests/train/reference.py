@@ -30,6 +30,7 @@ TEMPERATURE = 0.7
 MOVED = torch.tensor([0.0, 0.1, -0.1, 0.6, -0.6], dtype=torch.float64)
 OBJECTIVE_SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "reverse_kl": ("reverse_kl", {"support": "student_top_k"}),
+    "reverse_kl_of_teacher": ("reverse_kl", {"support": "teacher_top_k"}),
     "reverse_kl_full": ("reverse_kl", {"support": "full"}),
     "forward_kl": ("forward_kl", {"support": "teacher_top_k"}),
     "forward_kl_full": ("forward_kl", {"support": "full"}),
@@ -40,12 +41,15 @@ OBJECTIVE_SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "tropd_clip": ("tropd", {"outliers": "clip"}),
     "tropd_mask": ("tropd", {"outliers": "mask"}),
     "eopd": ("eopd", {}),
+    "eopd_weighted": ("eopd", {"forward_weight": 0.3}),
     "reopold_first": ("reopold", {"switch": 1.0}),
     "reopold_second": ("reopold", {"switch": 0.0}),
+    "reopold_left_out": ("reopold", {"switch": 0.0, "below_floor": "left_out"}),
     "iw_opd": ("iw_opd", {}),
+    "iw_opd_exclusive": ("iw_opd", {"share": "exclusive"}),
     "cross_tokenizer": ("cross_tokenizer", {}),
 }
-SAMPLED = tuple(OBJECTIVE_SETTINGS)[5:]  # whose loss is no divergence
+SAMPLED = tuple(OBJECTIVE_SETTINGS)[6:]  # whose loss is no divergence
 PUBLISHED = SAMPLED[1:]  # whose formula is in tests/core/formulas.py
 # What a teacher writes has tests of its own: tests/core/test_topd.py and whole runs.
 _HERE = {kind for kind, objective in OBJECTIVES.items() if not objective.teacher_writes}
@@ -189,7 +193,8 @@ def _token_losses(
         return (p.exp() * (p - q)).sum(-1)
     if name == "forward_kl_full":
         return (q.exp() * (q - p)).sum(-1)
-    if name == "reverse_kl":
+    if name in ("reverse_kl", "reverse_kl_of_teacher"):
+        ids = ids if name == "reverse_kl" else q.topk(TOP_K, -1).indices
         ps, qs = _bucketed(p, ids), _bucketed(q, ids)
         return (ps * (ps / qs).log()).sum(-1)
     if name == "forward_kl":

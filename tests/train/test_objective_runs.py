@@ -66,11 +66,14 @@ def test_an_objective_runs_with_two_updates_a_step_on_two_ranks(tmp_path: Path, 
 
 
 @pytest.mark.slow
-def test_near_futures_do_not_depend_on_the_number_of_ranks(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "choice", [{}, {"embedding": "output", "cost": "euclidean", "solver": "exact"}], ids=["usual", "other"]
+)
+def test_near_futures_do_not_depend_on_the_number_of_ranks(tmp_path: Path, choice: dict[str, str]) -> None:
     """The real teacher writes on from the states of rollouts that it began."""
     runs = []
     for size in (1, 2):
-        recipe = small_recipe(tmp_path, {**CASES["topd"]["objective"], "budget": 2.0}, steps=2)
+        recipe = small_recipe(tmp_path, {**CASES["topd"]["objective"], "budget": 2.0, **choice}, steps=2)
         recipe["behaviour"] = {"kind": "teacher_prefix"}
         recipe["run"]["name"] = f"on-{size}"
         runs.append(steps_of(recipe, size))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any, ClassVar, Literal, Self
 
@@ -22,8 +23,10 @@ class BlendSettings(BehaviourSettings):
     budget: Rate = Field(0.1, description="KL(mu || p) of a token in the first step [nats]; not published")
     anneal: Share = Field(
         1.0,
-        description="share of the run in which the budget falls to 0, linearly, which is not published; afterwards the student writes "
-        "alone",
+        description="share of the run in which the budget falls to 0; afterwards the student writes alone. Not published",
+    )
+    schedule: Literal["linear", "cosine"] = Field(
+        "linear", description="how it falls: by equal steps, or along half a cosine; not published"
     )
 
     def check(self, greedy: bool) -> None:
@@ -34,28 +37,32 @@ class BlendSettings(BehaviourSettings):
 class Blend(Behaviour):
     """mu ~ p^(1-b) q^b with KL(mu || p) = budget, or mu = q where the teacher is nearer than that.
 
-    Open, and chosen here: the budget of the first step, and that it falls linearly (settings).
+    Open, and settings here: the budget of the first step, and how it falls.
 
     Args:
         budget: [nats], of step 0.
         steps: in which it falls to 0.
+        cosine: along half a cosine, not linearly.
 
     Cost: a teacher step per token besides the teacher's scoring of the chunk; some 40 passes over [S, V] per token.
     """
 
     Settings: ClassVar[type[BehaviourSettings]] = BlendSettings
 
-    def __init__(self, budget: float, steps: float) -> None:
+    def __init__(self, budget: float, steps: float, cosine: bool = False) -> None:
         assert budget > 0 and steps >= 0, f"budget {budget}, steps {steps}"
-        self._budget, self._steps = budget, steps
+        self._budget, self._steps, self._cosine = budget, steps, cosine
 
     @classmethod
     def from_settings(cls, settings: Any, steps: int) -> Self:
-        return cls(settings.budget, settings.anneal * steps)
+        return cls(settings.budget, settings.anneal * steps, settings.schedule == "cosine")
 
     def budget(self, step: int) -> float:
         """Of this step [nats]."""
-        return self._budget * max(0.0, 1.0 - step / self._steps) if self._steps else 0.0
+        if step >= self._steps:
+            return 0.0
+        done = step / self._steps
+        return self._budget * ((1.0 + math.cos(math.pi * done)) / 2.0 if self._cosine else 1.0 - done)
 
     def at(self, step: int) -> Mix | None:
         budget = self.budget(step)

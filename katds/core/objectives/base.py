@@ -22,9 +22,9 @@ class Pen(Protocol):
         rank may have none. What is drawn depends on the run's seed, the step and the prefix alone."""
         ...
 
-    def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """Collective: the teacher's input embeddings of token ids of any shape, float32 [..., H], on the device of `ids`. A rank may have
-        none."""
+    def embed(self, ids: torch.Tensor, output: bool = False) -> torch.Tensor:
+        """Collective: the teacher's input embeddings of token ids of any shape, or their rows of its head (`output`), float32 [..., H], on
+        the device of `ids`. A rank may have none."""
         ...
 
 

@@ -21,31 +21,32 @@ class EopdSettings(SampledSettings):
     entropy_gate: Scale = Setting(
         0.8, description="forward KL is added where the teacher's entropy is above this [nats]"
     )
+    forward_weight: Scale = Setting(1.0, description="weight of that forward KL; not published")
 
 
 class Eopd(Objective):
-    """sum_t L_t + 1[H(q_t) > 0.8] KL(q_t || p_t), L_t the clipped policy gradient of r_t = log q(y_t) - log p(y_t).
+    """sum_t L_t + c 1[H(q_t) > 0.8] KL(q_t || p_t), L_t the clipped policy gradient of r_t = log q(y_t) - log p(y_t).
 
     The forward KL is on the teacher's top 16 and a bucket with the rest of both;
-    the sum over the top 16 alone is refused, as it is biased and shrinks the mass there. Open, and chosen here: DAPO's clip (0.2, 0.28),
-    and no coefficient between the two terms.
+    the sum over the top 16 alone is refused, as it is biased and shrinks the mass there. Open, and settings here: the clip, by default
+    DAPO's (0.2, 0.28), and the coefficient c between the two terms, by default 1.
     """
 
     Settings: ClassVar[type[ObjectiveSettings]] = EopdSettings
     needs = frozenset({Need.SAMPLED, Need.WRITTEN, Need.ENTROPY, Need.TEACHER_TOP_K})
     teacher_top_k = 16
 
-    def __init__(self, entropy_gate: float, clip: Clip) -> None:
-        self._gate, self._clip = entropy_gate, clip
+    def __init__(self, entropy_gate: float, clip: Clip, forward_weight: float = 1.0) -> None:
+        self._gate, self._clip, self._forward_weight = entropy_gate, clip, forward_weight
 
     @classmethod
     def from_settings(cls, settings: Any) -> Self:
-        return cls(settings.entropy_gate, Clip(settings.clip_low, settings.clip_high))
+        return cls(settings.entropy_gate, Clip(settings.clip_low, settings.clip_high), settings.forward_weight)
 
     def tile(self, logprobs_TV: torch.Tensor, actions_T: torch.Tensor, signal: Signal) -> dict[str, torch.Tensor]:
         """{"loss", "kl" (k1 estimates), "entropy" (of the student), "undecided" (tokens with forward KL)}; see `Objective.tile`."""
         tokens = read_sampled(logprobs_TV, actions_T, signal)
         undecided_T = aligned(signal, Field.ENTROPY, logprobs_TV) > self._gate
-        forward_T = teacher_top_forward_kl(logprobs_TV, signal)
+        forward_T = self._forward_weight * teacher_top_forward_kl(logprobs_TV, signal)
         losses_T = tokens.losses(tokens.reward, self._clip) + torch.where(undecided_T, forward_T, 0.0)
         return tokens.sums(losses_T, logprobs_TV, undecided=undecided_T)

@@ -22,6 +22,11 @@ class IwOpdSettings(SampledSettings):
     kind: Literal["iw_opd"] = "iw_opd"
     reads_the_writer: ClassVar[bool] = True
     gain: Scale = Setting(0.5, description="g: the first tokens of a rollout weigh up to 1 + g, its last token 1")
+    share: Literal["inclusive", "exclusive"] = Setting(
+        "inclusive",
+        description="whether a token's own disagreement counts in its share so far: then the last token weighs 1; or else the first weighs "
+        "1 + g. Not published",
+    )
 
 
 class IwOpd(Objective):
@@ -29,20 +34,20 @@ class IwOpd(Objective):
     w_t = 1 + g (1 - sum_{s<=t} |A_s| / sum_s |A_s|).
 
     A_s = log q(y_s) - log p(y_s) with p as written; the sums run over what is kept of the rollout, tokens in its hole (`stop.supervise:
-    after`) included: the loss does not read these, but what follows them was written after them. Open, and chosen here: the share
-    includes the token itself, so that the last one weighs 1; losses are divided by the number of tokens, not by their weights; DAPO's
-    clip (0.2, 0.28).
+    after`) included: the loss does not read these, but what follows them was written after them. Open, and settings here: whether the share
+    includes the token itself, by default so (s <= t; exclusive: s < t), and the clip, by default DAPO's (0.2, 0.28). Losses are divided by
+    the number of tokens, not by their weights, as those of every objective: the learner divides.
     """
 
     Settings: ClassVar[type[ObjectiveSettings]] = IwOpdSettings
     needs = frozenset({Need.SAMPLED, Need.WRITTEN})
 
-    def __init__(self, gain: float, clip: Clip) -> None:
-        self._gain, self._clip = gain, clip
+    def __init__(self, gain: float, clip: Clip, inclusive: bool = True) -> None:
+        self._gain, self._clip, self._inclusive = gain, clip, inclusive
 
     @classmethod
     def from_settings(cls, settings: Any) -> Self:
-        return cls(settings.gain, Clip(settings.clip_low, settings.clip_high))
+        return cls(settings.gain, Clip(settings.clip_low, settings.clip_high), settings.share == "inclusive")
 
     def prepare(self, batch: RolloutBatch, progress: Progress, collective: Collective) -> dict[Field, torch.Tensor]:
         """WEIGHT, [T]. Communicates nothing: a weight depends on its rollout only."""
@@ -55,6 +60,8 @@ class IwOpd(Objective):
     def _weights(self, size_T: torch.Tensor) -> torch.Tensor:
         so_far_T = size_T.cumsum(0)
         total = so_far_T[-1:]
+        if not self._inclusive:
+            so_far_T = so_far_T - size_T
         # Where the models agree on every token there is no gradient to weigh.
         return 1.0 + self._gain * (1.0 - so_far_T / torch.where(total > 0, total, 1.0))
 

@@ -33,6 +33,11 @@ class ReopoldSettings(SampledSettings):
         0.2,
         description="share of a step's tokens that the second phase learns from: those of the highest student entropy",
     )
+    below_floor: Literal["floored", "left_out"] = Setting(
+        "floored",
+        description="what the second phase makes of tokens below the floor: their reward is the floor, or they are left out, as in the "
+        "first, and the share is of the others; not published",
+    )
 
 
 class Reopold(Objective):
@@ -41,26 +46,31 @@ class Reopold(Objective):
     First phase: tokens below the floor are left out. Second phase: the 20% of the step's tokens with the highest entropy of
     the student, as it wrote them, are learnt from; over all ranks, exactly. The learner divides by the number of tokens that are left.
 
-    Open, and chosen here: the switch at half of the run (the paper's T_switch); in the second phase tokens below the floor stay in,
-    with the floor as their reward; ties at the edge of the 20% all stay in; tokens in a hole of their rollout are not among those
-    that the 20% are taken of; DAPO's clip (0.2, 0.28).
+    Open, and settings here: the switch, by default at half of the run (the paper's T_switch); tokens below the floor in the second
+    phase, by default with the floor as their reward; the clip, by default DAPO's (0.2, 0.28). Ties at the edge of the 20% all stay in:
+    which of them would go must not depend on the ranks. Tokens in a hole of their rollout are not among those that the 20% are taken of,
+    as they are in no loss.
     """
 
     Settings: ClassVar[type[ObjectiveSettings]] = ReopoldSettings
     needs = frozenset({Need.SAMPLED, Need.WRITTEN, Need.STUDENT_ENTROPY})
 
-    def __init__(self, mixture: float, switch: float, entropy_share: float, clip: Clip) -> None:
+    def __init__(
+        self, mixture: float, switch: float, entropy_share: float, clip: Clip, leaves_out: bool = False
+    ) -> None:
         self._floor = math.log(mixture) / (1.0 - mixture)
         self._switch, self._entropy_share, self._clip = switch, entropy_share, clip
+        self._leaves_out = leaves_out
         self._learned_share: float | None = None
 
     @classmethod
     def from_settings(cls, settings: Any) -> Self:
         clip = Clip(settings.clip_low, settings.clip_high)
-        return cls(settings.mixture, settings.switch, settings.entropy_share, clip)
+        leaves_out = settings.below_floor == "left_out"
+        return cls(settings.mixture, settings.switch, settings.entropy_share, clip, leaves_out)
 
     def prepare(self, batch: RolloutBatch, progress: Progress, collective: Collective) -> dict[Field, torch.Tensor]:
-        """Collective: LEARNED, [T]. One sum of two counts in the first phase, four of 256 in the second."""
+        """Collective: LEARNED, [T]. One sum of two counts in the first phase, of one and four of 256 in the second."""
         reward_T, entropy_T = advantages(batch), rows_of(batch, Field.STUDENT_ENTROPY)
         open_T = outside_holes(batch.rollouts).to(reward_T.device)
         if progress.step < self._switch * progress.steps:
@@ -68,7 +78,10 @@ class Reopold(Objective):
             counts = torch.stack([learned_T.sum(), open_T.sum()]).cpu()
             taken, total = collective.sum(counts).tolist()
         else:
-            chosen_N, taken, total = highest(entropy_T[open_T], self._entropy_share, collective)
+            total = int(collective.sum(open_T.sum().reshape(1).cpu()))
+            if self._leaves_out:
+                open_T &= reward_T >= self._floor
+            chosen_N, taken, _ = highest(entropy_T[open_T], self._entropy_share, collective)
             learned_T = open_T.masked_scatter(open_T, chosen_N)
         self._learned_share = taken / total if total else None
         return {Field.LEARNED: learned_T}

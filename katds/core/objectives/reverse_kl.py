@@ -14,7 +14,12 @@ from katds.core.types import Field, Need, Signal
 
 SUPPORTS = {
     "student_top_k": frozenset({Need.STUDENT_TOP_K}),
+    "teacher_top_k": frozenset({Need.TEACHER_TOP_K}),
     "full": frozenset({Need.FULL}),
+}
+_TOP = {
+    "student_top_k": (Field.STUDENT_TOP_IDS, Field.STUDENT_TOP),
+    "teacher_top_k": (Field.TEACHER_TOP_IDS, Field.TEACHER_TOP),
 }
 
 
@@ -22,16 +27,18 @@ class ReverseKlSettings(ObjectiveSettings):
     """KL(student || teacher) at every kept token."""
 
     kind: Literal["reverse_kl"] = "reverse_kl"
-    support: Literal["student_top_k", "full"] = Setting(
-        "student_top_k", description="student's top K plus a tail bucket (published), or the whole vocabulary (exact)"
+    support: Literal["student_top_k", "teacher_top_k", "full"] = Setting(
+        "student_top_k",
+        description="where it is computed: on the top K (rollout.divergence_top_k) of one of the two, plus a tail bucket (published, but "
+        "not whose), or on the whole vocabulary (exact)",
     )
 
 
 class ReverseKl(Objective):
-    """sum_t KL(p_t || q_t), differentiated through p: over the student's top K plus a tail bucket, or the vocabulary.
+    """sum_t KL(p_t || q_t), differentiated through p: over the top K of one of them plus a tail bucket, or the vocabulary.
 
-    The K tokens are those that were the student's most probable ones when the rollout was written: p is read at the
-    ids in the signal. Open in the paper (whose top 64), and fixed here.
+    The student's K tokens are those that were its most probable ones when the rollout was written: p is read at the
+    ids in the signal. Open in the paper (whose top 64), and a setting here: reverse KL has its weight where the student has.
 
     Raises:
         ValueError: an unknown support.
@@ -57,7 +64,7 @@ class ReverseKl(Objective):
         if self.support == "full":
             divergence_T = reverse_kl(logprobs_TV, aligned(signal, Field.TEACHER_LOGPROBS, logprobs_TV))
         else:
-            ids_TK = aligned(signal, Field.STUDENT_TOP_IDS, logprobs_TV)
-            teacher_TK = aligned(signal, Field.STUDENT_TOP, logprobs_TV)
+            ids, scores = _TOP[self.support]
+            ids_TK, teacher_TK = aligned(signal, ids, logprobs_TV), aligned(signal, scores, logprobs_TV)
             divergence_T = top_k_tail_reverse_kl(gathered(logprobs_TV, ids_TK), teacher_TK)
         return sums(divergence_T, logprobs_TV)

@@ -18,7 +18,7 @@ from katds.core.objectives.aligned import aligned, gathered, student_entropy
 from katds.core.objectives.apart import Place, highest_apart
 from katds.core.objectives.base import Objective, ObjectiveSettings, Pen, Progress
 from katds.core.objectives.rows import outside_holes
-from katds.core.transport import compare
+from katds.core.transport import Transport, compare
 from katds.core.types import EOS, Field, Need, Rollout, RolloutBatch, Signal
 from katds.settings import Positive, Rate, Scale, Share
 
@@ -42,7 +42,23 @@ class TopdSettings(ObjectiveSettings):
         description="lambda: weight of the guidance at the other states; not published. 0: only surface mismatches count",
     )
     regularisation: Annotated[float, Setting(ge=0.05)] = Setting(
-        0.1, description="of the transport's entropy, in units of its cost, 1 - cosine; not published"
+        0.1, description="of the transport's entropy, in units of its cost, by solver sinkhorn; not published"
+    )
+    embedding: Literal["input", "output"] = Setting(
+        "input",
+        description="which of the teacher's tables holds a token's vector: its input embeddings or its head; not published",
+    )
+    cost: Literal["cosine", "euclidean"] = Setting(
+        "cosine",
+        description="of moving a token to another, of their vectors: 1 - cosine, or the distance of the two unit vectors; not published",
+    )
+    solver: Literal["sinkhorn", "exact"] = Setting(
+        "sinkhorn",
+        description="entropic transport, on the device, or the exact one, pair by pair on the CPU, which moves each token to few; not "
+        "published",
+    )
+    iterations: Positive = Setting(
+        200, description="of solver sinkhorn; at the least regularisation, 0.05, 1% of the mass is then astray"
     )
 
     def check(self, filtered: bool, minibatches: int, blended: bool = False) -> None:
@@ -95,14 +111,15 @@ class Topd(Objective):
     student's tokens: a teacher without its tail is still a teacher. Elsewhere the plan decides which of the teacher's tokens stand for
     what it would have said in place of the student's; there it is no estimate of a KL at one prefix.
 
-    Open, and chosen here:
+    Open, and settings or chosen here:
     - KL(p || q) is on the student's top K and tail, as `reverse_kl`; a state's loss is its value when the rollout was written.
     - How many states: as many as the budget pays, the highest losses first. Each costs its prefix, prompt included, and the tokens that the
       teacher is asked for. So rollouts of any length cost alike: where they are long, it reaches for few states, and for none if not
       even the first fits. 0.76 tokens per token of the rollouts are the published cost, 1.41, by operations of the parameters, for
       a student of 1.7B and a teacher of 8B; prefixes of 330 tokens then give 0.2% of the tokens as states, of 4000 tokens 0.02%.
     - Windows of a rollout do not overlap, so that a position is guided from one state only.
-    - The teacher's input embeddings, 1 - cos, entropic transport; its order in the text has no part in the cost of a token.
+    - Settings: the teacher's input embeddings or its head, 1 - cos or the distance of unit vectors, entropic or exact transport. The order
+      in the text has no part in the cost of a token.
     - 30% is the share of surface mismatches among states, not a bound of their distance; their weight is 0.
     - lambda 0.1: a guided token's gradient by the logits is of order 1, that of the reverse KL of the order of its value, some tenths.
     - A window that the longest length or a rule's cut breaks off is compared with as many tokens of the teacher. Where the student has
@@ -118,9 +135,10 @@ class Topd(Objective):
     teacher_writes = True
 
     def __init__(
-        self, horizon: int, budget: float, surface: float, surface_weight: float, guidance: float, regularisation: float
-    ) -> None:
-        self._horizon, self._budget, self._regularisation = horizon, budget, regularisation
+        self, horizon: int, budget: float, surface: float, surface_weight: float, guidance: float, transport: Transport,
+        output: bool = False,
+    ) -> None:  # fmt: skip
+        self._horizon, self._budget, self._transport, self._output = horizon, budget, transport, output
         self._surface, self._surface_weight, self._guidance = surface, surface_weight, guidance
         self._metrics: dict[str, float] = {}
 
@@ -128,7 +146,8 @@ class Topd(Objective):
     def from_settings(cls, settings: Any) -> Self:
         return cls(
             settings.horizon, settings.budget, settings.surface, settings.surface_weight, settings.guidance,
-            settings.regularisation,
+            Transport(settings.cost, settings.solver, settings.regularisation, settings.iterations),
+            settings.embedding == "output",
         )  # fmt: skip
 
     def prepare(self, batch: RolloutBatch, progress: Progress, collective: Collective) -> dict[Field, torch.Tensor]:
@@ -187,7 +206,7 @@ class Topd(Objective):
         ours = [state.future(self._horizon) for state in own]
         tokens = sorted({*chain.from_iterable(ours), *chain.from_iterable(theirs)})
         row = {token: i for i, token in enumerate(tokens)}
-        embeddings_UH = pen.embed(torch.tensor(tokens, dtype=torch.int64, device=device))
+        embeddings_UH = pen.embed(torch.tensor(tokens, dtype=torch.int64, device=device), self._output)
         padded = [
             [[row[token] for token in window] + [0] * (self._horizon - len(window)) for window in side]
             for side in (ours, theirs)
@@ -195,7 +214,7 @@ class Topd(Objective):
         ours_SN, theirs_SN = torch.tensor(padded, dtype=torch.int64, device=device).view(2, len(own), self._horizon)
         lengths = [[len(a), len(b)] for a, b in zip(ours, theirs, strict=True)]
         lengths_S2 = torch.tensor(lengths, dtype=torch.int64, device=device).view(-1, 2)
-        plan_SNN, distance_S = compare(embeddings_UH, ours_SN, theirs_SN, lengths_S2, self._regularisation)
+        plan_SNN, distance_S = compare(embeddings_UH, ours_SN, theirs_SN, lengths_S2, self._transport)
         return plan_SNN, distance_S.tolist()
 
     def _nearest(
