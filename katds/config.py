@@ -126,7 +126,9 @@ class Recipe(Section):
 def _check_whole_teacher(recipe: Recipe, choice: str) -> None:
     """Raises ValueError where `choice` needs one teacher, and the whole of it on a rank, and cannot have it."""
     if recipe.teachers:
-        raise ValueError(f"{choice}, which needs a single one, but teachers names {', '.join(recipe.teachers)}; remove them")
+        raise ValueError(
+            f"{choice}, which needs a single one, but teachers names {', '.join(recipe.teachers)}; remove them"
+        )
     if recipe.teacher.gather == "layer":
         raise ValueError(
             f"{choice}, which a rank can only do with the whole of it, but teacher.gather layer never holds it whole; set "
@@ -149,6 +151,11 @@ def _check_aligned(recipe: Recipe) -> None:
         raise ValueError(
             f"{kind} is for a teacher with tokens of its own, but behaviour.kind {recipe.behaviour.kind} lets both models choose each "
             "token; set behaviour.kind to student"
+        )
+    if recipe.rollout.divergence_support != "student_top_k":
+        raise ValueError(
+            f"{kind} compares chunks of text, so that rollout.divergence_support {recipe.rollout.divergence_support} would do nothing; "
+            "remove it"
         )
     if recipe.rollout.overlap:
         raise ValueError(

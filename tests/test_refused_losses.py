@@ -52,7 +52,10 @@ def test_other_mistakes_beside_it_still_fit_the_message() -> None:
 
 def test_other_unknown_names_are_explained_as_ever() -> None:
     refused(lambda: load("--objective.kind", "k4"), "objective.kind is 'k4'. Choose one of reverse_kl")
-    refused(lambda: load("--objective.support", "some"), "objective.support is 'some'. Allowed: student_top_k | full")
+    refused(
+        lambda: load("--objective.support", "some"),
+        "objective.support is 'some'. Allowed: student_top_k | teacher_top_k | full",
+    )
     assert refusal("evaluation.reduction", "mean") is None and refusal("objective.kind", "reverse_kl") is None
 
 

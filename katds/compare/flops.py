@@ -5,7 +5,8 @@ heads x head size for every earlier token and itself, which attention reads. The
 learnt from, not for prompts. The student reads what it writes, what it overshoots, and each prompt once; the teacher the same; the
 learner reads prompt and kept tokens, at 3 times the price: a backward costs two forwards (4 with activation checkpointing, which does not
 recompute the head). Norms, activations, softmax, sampling, the optimizer and evaluations are left out; so is what a sliding window saves,
-and the teacher's head that an objective over the whole vocabulary (objective.support full, jsd) needs once more when it learns.
+and what is read twice of a head: the teacher's by an objective over the whole vocabulary (objective.support full, jsd) when it learns,
+the student's by rollout.divergence_support teacher_top_k.
 """
 
 from __future__ import annotations

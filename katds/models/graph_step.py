@@ -28,7 +28,7 @@ class StaticStep:
     Args:
         model: with its weights in place; they must stay where they are as long as the step is used.
 
-    Memory: logits [cache.slots, V].
+    Memory: logits [cache.slots, V] and hidden states [cache.slots, H].
 
     Rows beyond the live slots are idle: token 0 at position 0. Their keys go to position 0 of free slots (live slots are a
     prefix), and whoever is seated there next writes his own position 0, by prefill or first step, before anything sees it.
@@ -40,7 +40,9 @@ class StaticStep:
             self._tokens = torch.zeros(cache.slots, dtype=torch.int64, device=weight.device)
             self._positions = torch.zeros_like(self._tokens)
             self._slots = torch.arange(cache.slots, device=weight.device)
-            self._logits = torch.zeros(cache.slots, weight.shape[0], dtype=weight.dtype, device=weight.device)
+            self._logits, self._hidden = (
+                torch.zeros(cache.slots, width, dtype=weight.dtype, device=weight.device) for width in weight.shape
+            )
         self._model, self._cache = model, cache
         self._live = 0  # rows that may hold something else than an idle token
 
@@ -56,12 +58,18 @@ class StaticStep:
         self._run(bucket(live, self._cache.slots))
         return self._logits[:live]
 
+    @property
+    def hidden(self) -> torch.Tensor:
+        """[n, H] of the last call."""
+        return self._hidden[: self._live]
+
     def _run(self, size: int) -> None:
         """Computes the first `size` rows."""
         self._forward(size)
 
     def _forward(self, size: int) -> None:
         def head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+            self._hidden[:size].copy_(hidden)
             out = self._logits[:size]
             if bias is None:
                 torch.mm(hidden, weight.t(), out=out)

@@ -25,7 +25,10 @@ CHECK_SLOTS, CHECK_LIVE, CHECK_TOKENS = 4, 3, 6  # one slot is free, so that an 
 
 class Step(Protocol):
     """Writes the keys of tokens [n] at positions [n] (int64) and returns their logits [n, V]; `longest` is the largest
-    position + 1. The tensor is overwritten by the next call."""
+    position + 1. The tensor is overwritten by the next call, and so is `hidden` [n, H], the states that the head has read."""
+
+    @property
+    def hidden(self) -> torch.Tensor: ...
 
     def __call__(self, tokens: torch.Tensor, positions: torch.Tensor, longest: int) -> torch.Tensor: ...
 
@@ -36,11 +39,16 @@ class PlainStep:
     def __init__(self, model: FlatCausalLM, cache: SlotCache) -> None:
         self._model, self._cache = model, cache
         self._slots = torch.arange(cache.slots, device=cache.device)
+        self.hidden = torch.empty(0)
 
     def __call__(self, tokens: torch.Tensor, positions: torch.Tensor, longest: int) -> torch.Tensor:
         plan = uniform_plan(self._cache, self._slots[: tokens.shape[0]], positions, longest)
-        logits: torch.Tensor = self._model(tokens, positions, plan, linear, cache=self._cache)
+        logits: torch.Tensor = self._model(tokens, positions, plan, self._head, cache=self._cache)
         return logits
+
+    def _head(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        self.hidden = hidden
+        return linear(hidden, weight, bias)
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,8 +36,13 @@ def rollouts(found: Memory, job: Job) -> None:
         whole = teacher.gather != "layer"
         tokens = chunk + (part if whole else prompts)
         size = max(_reading(job, teacher.shape, tokens, whole), _scoring(job, teacher.shape, chunk))
+        if job.signal.by_teacher:  # the student's head, at the same tokens
+            size = max(size, _scoring(job, shape, chunk))
         how = f"a forward of {tokens} tokens, {chunk} scored"
         found.add(f"{teacher_name(job, teacher)}: reading", how, size, ("score",))
+    if job.signal.by_teacher:
+        kept = chunk * shape.hidden * shape.width
+        found.add("student: hidden states", f"{chunk} tokens x {shape.hidden}", kept, ("decode", "score"))
     row = job.signal.bytes
     log = job.decoded_rows * row
     found.add("signal of the step", f"{job.decoded_rows} scored tokens x {row} B", log, ROLLOUT)
@@ -115,7 +120,8 @@ def _reading(job: Job, shape: ModelShape, tokens: int, lent: bool) -> int:
 
 def _scoring(job: Job, shape: ModelShape, tokens: int) -> int:
     signal = job.signal
-    asked = signal.needs | {Need.STUDENT_TOP_K} if job.divergence else signal.needs
+    compared = {Need.TEACHER_TOP_K if signal.by_teacher else Need.STUDENT_TOP_K}
+    asked = signal.needs | compared if job.divergence else signal.needs
     needs = asked - {Need.FULL, Need.WRITTEN, Need.STUDENT_ENTROPY}
     elements = CUDA_TILE_ELEMENTS if job.device == "cuda" else None
     return trace_score(shape, tokens, needs, signal.top_k or 1, signal.teacher_top_k, elements) if needs else 0

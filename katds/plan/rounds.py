@@ -111,6 +111,8 @@ class Rollouts:
             work = forward_seconds(teacher.shape, profile, share * (read + tokens), share * seen, share * keys)
             gather = step.move(_of(job, teacher), flow, profile) + step.copy(_of(job, teacher), fetch, job, profile)
             score = score + (np.maximum(work, gather) if profile.overlaps and teacher.zero.overlap else work + gather)
+        if job.signal.by_teacher and not self._by_teacher:  # the student's head, once more
+            score = score + 2 * job.student.hidden * job.student.vocabulary * tokens / profile.flops
         # Ranks meet once a round: whoever is done waits. The slowest rank's share of each phase counts.
         whole = np.maximum(prefill + decode, score) if self._beside else prefill + decode + score
         slowest = int(whole.argmax())

@@ -45,9 +45,14 @@ class SignalShape:
         return self.objective.needs | ({Need.WRITTEN} if self.recipe.reward.weight else frozenset())
 
     @property
+    def by_teacher(self) -> bool:
+        """Whether the divergence is that on the teacher's most probable tokens."""
+        return self.divergence and self.recipe.rollout.divergence_support == "teacher_top_k"
+
+    @property
     def top_k(self) -> int:
         """Of the student's tokens, kept as it writes."""
-        wanted = self.divergence or Need.STUDENT_TOP_K in self.needs
+        wanted = (self.divergence and not self.by_teacher) or Need.STUDENT_TOP_K in self.needs
         return min(self.recipe.rollout.divergence_top_k, self.vocabulary) if wanted else 0
 
     @property

@@ -34,6 +34,7 @@ class Chunk:
     top_logprobs_SCK: torch.Tensor | None  # float32
     logprobs_SC: torch.Tensor | None = None  # float32, of what it wrote
     entropies_SC: torch.Tensor | None = None  # float32, nats
+    hidden_SCH: torch.Tensor | None = None  # that the student's head has read for each token
 
     def take(self, slots: Sequence[int]) -> Chunk | None:
         """The chunk of these slots, in their order; None of none."""
@@ -52,19 +53,21 @@ class Decoder:
         cache: the student's keys; holds every live seat up to, not including, its pending token.
         top_k: how many of the student's best log-probabilities to keep per token; 0 keeps none.
         needs: of these, what the student knows as it writes.
+        keep_hidden: keep the hidden states that the student's head reads.
         guide: the teacher's step, over a cache that holds what the student's does, and how the two are mixed.
         seed, stream: name the random numbers together with rollout id and position.
     """
 
     def __init__(
         self, model: Forward, step: Step, cache: SlotCache, sampling: Sampling, top_k: int, needs: frozenset[Need],
-        seed: int, stream: int, guide: tuple[Step, Mix] | None = None,
+        seed: int, stream: int, guide: tuple[Step, Mix] | None = None, keep_hidden: bool = False,
     ) -> None:  # fmt: skip
         self._model, self._step = model, step
         self._cache = cache
         self._sampling = sampling
         self._top_k, self._needs = top_k, needs
         self._origin, self._guide = (seed, stream), guide
+        self._keep_hidden = keep_hidden
 
     def prefill(self, seats: Sequence[Seat], leaders: Mapping[int, int]) -> None:
         """Computes the prompts' keys of the fresh seats, which are the last ones; followers get their leader's."""
@@ -88,7 +91,7 @@ class Decoder:
             pending = torch.cat([flight.tokens_SC[:, -1], pending[flying:]])
         random_CS = uniforms(keys, counters + torch.arange(tokens, device=counters.device)[:, None])
         longest = max(seat.position + more for seat, more in zip(seats, ahead, strict=True))
-        inputs, drawn = [], []
+        inputs, drawn, hidden = [], [], []
         wanted = {"logprob": Need.WRITTEN in self._needs, "entropy": Need.STUDENT_ENTROPY in self._needs}
         with torch.inference_mode():  # a tenth faster than no_grad; what is stacked outside are ordinary tensors again
             for step in range(tokens):
@@ -98,13 +101,13 @@ class Decoder:
                     sample_step(logits, random_CS[step], self._sampling, self._top_k, **wanted, policy_SV=policy)
                 )
                 inputs.append(pending)
+                if self._keep_hidden:
+                    hidden.append(self._step.hidden.clone())
                 pending, positions = drawn[-1].tokens_S, positions + 1
         rest = ("top_ids_SK", "top_logprobs_SK", "logprobs_S", "entropies_S")
-        return Chunk(
-            torch.stack(inputs, 1),
-            torch.stack([each.tokens_S for each in drawn], 1),
-            *(_stacked([getattr(each, name) for each in drawn]) for name in rest),
-        )
+        kept = [_stacked([getattr(each, name) for each in drawn]) for name in rest]
+        kept.append(_stacked(hidden))
+        return Chunk(torch.stack(inputs, 1), torch.stack([each.tokens_S for each in drawn], 1), *kept)
 
     def _policy(
         self, logits: torch.Tensor, pending: torch.Tensor, positions: torch.Tensor, longest: int

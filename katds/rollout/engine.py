@@ -85,9 +85,10 @@ class RolloutEngine:
         self._settings = settings
         self._clock = clock
         self._teachers = teachers
+        by_student = compares and (settings.support == "student_top_k" or Need.STUDENT_TOP_K in needs)
         of_writer = not teachers and Need.TEACHER_TOP_K in needs
-        top_k = settings.top_k if compares or of_writer else 0
-        self._phases = PhaseMaker(settings, needs, top_k, len(teachers), say, behaviour, retokenise)
+        top_k = settings.top_k if by_student or of_writer else 0
+        self._phases = PhaseMaker(settings, needs, top_k, compares, len(teachers), say, behaviour, retokenise)
         self._side = Side(settings.device, settings.overlap)
         self.stats = EngineStats()
         self._finite = True  # the divergences of this rank, then of its block

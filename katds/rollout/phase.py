@@ -14,7 +14,7 @@ from katds.models.step import ForwardMaker, StepMaker
 from katds.rollout.aligned_scorer import AlignedScorer, Retokeniser
 from katds.rollout.decode import Chunk, Decoder
 from katds.rollout.own_scorer import OwnScorer
-from katds.rollout.scorer import RoutedScorer, Scorer, TeacherScorer
+from katds.rollout.scorer import Compared, RoutedScorer, Scorer, TeacherScorer
 from katds.rollout.sizes import EngineSettings
 from katds.rollout.slots import Slots
 
@@ -36,6 +36,7 @@ class PhaseMaker:
 
     Args:
         top_k: of the student's tokens, as far as anyone asks for them; 0: nobody does.
+        compares: student and teacher are compared at each token.
         teachers: how many there will be.
         retokenise: see `RolloutEngine`.
     """
@@ -45,13 +46,14 @@ class PhaseMaker:
         settings: EngineSettings,
         needs: frozenset[Need],
         top_k: int,
+        compares: bool,
         teachers: int,
         say: Callable[[str], None],
         behaviour: Behaviour | None,
         retokenise: Callable[[Prompt], Retokeniser] | None = None,
     ) -> None:
         self._settings, self._needs, self._top_k, self._behaviour = settings, needs, top_k, behaviour
-        self._retokenise = retokenise
+        self._retokenise, self._compares = retokenise, compares
         self._steps = StepMaker(settings.fast_decode, settings.keep_decoder, say)
         self._forwards = [ForwardMaker(settings.fast_decode, say) for _ in range(teachers)]
         self._guides = StepMaker(settings.fast_decode, False, say)  # of a teacher that writes along
@@ -83,13 +85,15 @@ class PhaseMaker:
                 (make(teacher, cache), cache)
                 for make, teacher, cache in zip(self._forwards, teachers, caches, strict=True)
             ]
+        by_teacher = self._compares and settings.support == "teacher_top_k"
         decoder = Decoder(
-            made.forward, made.step, made.cache, sampling, self._top_k, needs, settings.seed, stream, guide
+            made.forward, made.step, made.cache, sampling, self._top_k, needs, settings.seed, stream, guide, by_teacher
         )
+        compared = Compared(settings.top_k, model.head_parameters() if by_teacher else None) if self._compares else None
         teacher_top_k = settings.teacher_top_k or settings.top_k
         scorers = [
             TeacherScorer(
-                reader, cache, needs, self._top_k > 0, teacher_top_k, sampling.scale, isinstance(teacher, FlatCausalLM)
+                reader, cache, needs, compared, teacher_top_k, sampling.scale, isinstance(teacher, FlatCausalLM)
             )
             for teacher, (reader, cache) in zip(teachers, readers, strict=True)
         ]

@@ -54,12 +54,25 @@ class Scorer(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """Where the per-token divergence for the stop rule is computed: on the student's most probable tokens, which the chunk names, or, with
+    the student's `head` (weight and bias), on the teacher's `top_k`.
+
+    The teacher's are known only after the student has written. Its log-probabilities there are then those of its head on the chunk's hidden
+    states: once more the head's product per token, and H numbers per token of the chunk, but never [tokens, V].
+    """
+
+    top_k: int
+    head: tuple[torch.Tensor, torch.Tensor | None] | None = None
+
+
 class TeacherScorer:
     """Scores chunks.
 
     Args:
         needs: what the objective asks for; exactly this is computed and kept.
-        divergence: also compare with the student's top K for the stop rule.
+        compared: also compare with the student, for the stop rule.
         teacher_top_k: K of Need.TEACHER_TOP_K.
         temperature: that of the rollout; student and teacher are compared at the same one.
         whole: the teacher's forward is no collective. Prompts too many for one forward are then read before the chunk; a sharded
@@ -71,7 +84,7 @@ class TeacherScorer:
         teacher: Forward,
         cache: SlotCache,
         needs: frozenset[Need],
-        divergence: bool,
+        compared: Compared | None,
         teacher_top_k: int,
         temperature: float,
         whole: bool = False,
@@ -79,8 +92,14 @@ class TeacherScorer:
         self._teacher = teacher
         self._cache = cache
         self._needs = needs
-        self._scored = (needs | {Need.STUDENT_TOP_K} if divergence else needs) - {Need.FULL} - OF_STUDENT
-        self._teacher_top_k = teacher_top_k
+        self._compared, self._teacher_top_k, wanted = compared, teacher_top_k, set(needs)
+        self._scored_top_k = teacher_top_k
+        if compared is not None and compared.head is not None:
+            wanted.add(Need.TEACHER_TOP_K)
+            self._scored_top_k = max(compared.top_k, teacher_top_k if Need.TEACHER_TOP_K in needs else 0)
+        elif compared is not None:
+            wanted.add(Need.STUDENT_TOP_K)
+        self._scored = wanted - {Need.FULL} - OF_STUDENT
         self._temperature = temperature
         self._whole = whole
 
@@ -124,11 +143,10 @@ class TeacherScorer:
             return Scores({}, None, before + tokens.shape[0])
         signal = self._teacher(tokens, positions, plan, self._head(chunk), rows=rows, cache=self._cache)
         divergences = self._divergences(signal, chunk)
+        self._drop_more_than_asked(signal)
         if Need.STUDENT_TOP_K in self._needs:
             assert chunk.top_ids_SCK is not None
             signal[Field.STUDENT_TOP_IDS] = chunk.top_ids_SCK.flatten(0, 1).to(torch.int32)
-        else:
-            signal.pop(Field.STUDENT_TOP, None)  # only the stop rule has asked for it
         if Need.WRITTEN in self._needs:
             assert chunk.logprobs_SC is not None
             signal[Field.WRITTEN] = chunk.logprobs_SC.flatten()
@@ -185,7 +203,7 @@ class TeacherScorer:
         def head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> dict[Field, torch.Tensor]:
             def tile(logprobs: torch.Tensor, rows: slice) -> dict[Field, torch.Tensor]:
                 ids = None if top_ids is None else top_ids[rows]
-                return score_tile(logprobs, actions[rows], ids, self._scored, self._teacher_top_k)
+                return score_tile(logprobs, actions[rows], ids, self._scored, self._scored_top_k)
 
             signal = score_head(hidden, weight, bias, self._temperature, tile) if self._scored else {}
             if Need.FULL in self._needs:
@@ -195,10 +213,32 @@ class TeacherScorer:
         return head
 
     def _divergences(self, signal: Mapping[Field, torch.Tensor], chunk: Chunk) -> torch.Tensor | None:
-        if chunk.top_logprobs_SCK is None or Field.STUDENT_TOP not in signal:
+        """[S, C] nats."""
+        if self._compared is None:
             return None
-        student = chunk.top_logprobs_SCK
-        return top_k_tail_reverse_kl(student, signal[Field.STUDENT_TOP].view_as(student))
+        if self._compared.head is None:
+            student = chunk.top_logprobs_SCK
+            assert student is not None
+            return top_k_tail_reverse_kl(student, signal[Field.STUDENT_TOP].view_as(student))
+        top_k, hidden = self._compared.top_k, chunk.hidden_SCH
+        assert hidden is not None
+        ids, teacher = (signal[key][:, :top_k] for key in (Field.TEACHER_TOP_IDS, Field.TEACHER_TOP))
+
+        def tile(logprobs: torch.Tensor, rows: slice) -> dict[str, torch.Tensor]:
+            return {"divergence": top_k_tail_reverse_kl(logprobs.gather(-1, ids[rows].long()), teacher[rows])}
+
+        found = score_head(hidden.flatten(0, 1), *self._compared.head, self._temperature, tile)
+        return found["divergence"].view(hidden.shape[:2])
+
+    def _drop_more_than_asked(self, signal: dict[Field, torch.Tensor]) -> None:
+        """What only the stop rule has asked for is not kept."""
+        if Need.STUDENT_TOP_K not in self._needs:
+            signal.pop(Field.STUDENT_TOP, None)
+        for key in (Field.TEACHER_TOP, Field.TEACHER_TOP_IDS):
+            if Need.TEACHER_TOP_K not in self._needs:
+                signal.pop(key, None)
+            elif key in signal and signal[key].shape[1] > self._teacher_top_k:
+                signal[key] = signal[key][:, : self._teacher_top_k].contiguous()
 
     def _dummy(self) -> Scores:
         read_dummy(self._teacher, self._cache)

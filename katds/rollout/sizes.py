@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
 from katds.rollout.sampling import Sampling
+
+Support = Literal["student_top_k", "teacher_top_k"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +19,7 @@ class EngineSettings:
 
     keep_decoder: between phases, keep the student's cache and whatever was made for its decode steps (CUDA graphs). Only for a
     student whose weights stay where they are; the learner then has that much less memory.
+    top_k, support: of the divergence: on so many tokens, the most probable ones of the student or of the teacher.
     teacher_top_k: K of Need.TEACHER_TOP_K; None: top_k.
     overlap: decode the next chunk while the teacher reads the last one. A rollout that has ended then writes one more in vain.
     """
@@ -32,6 +36,7 @@ class EngineSettings:
     keep_decoder: bool = False
     overlap: bool = False
     teacher_top_k: int | None = None
+    support: Support = "student_top_k"
 
 
 @dataclass(slots=True)

@@ -33,8 +33,12 @@ class RolloutConfig(Section):
     )
     divergence_top_k: Positive = Field(
         64,
-        description="the student's most probable tokens, on which the per-token reverse KL is computed; the rest is one tail bucket. "
-        "The paper does not say whose top 64 it takes",
+        description="most probable tokens, on which the per-token reverse KL is computed; the rest is one tail bucket",
+    )
+    divergence_support: Literal["student_top_k", "teacher_top_k"] = Field(
+        "student_top_k",
+        description="whose most probable tokens these are, for the stop rule, which is not published: the student's, where reverse KL has "
+        "its weight, or the teacher's, which costs the student's head once more per token (the loss has objective.support)",
     )
     weights: Literal["view", "copy"] = Field(
         "view",

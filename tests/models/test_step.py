@@ -35,6 +35,8 @@ class Stepped(Texts):
         positions = torch.tensor([len(ids) for ids in self.ids[:slots]], device=self.device)
         new = self.tokens(slots)
         seen = self._step(torch.tensor(new, device=self.device), positions, int(positions.max()) + 1).clone()
+        weight, bias = self.model.head_parameters()
+        torch.testing.assert_close(torch.nn.functional.linear(self._step.hidden, weight, bias), seen)
         for slot, token in enumerate(new):
             self.ids[slot].append(token)
             self.logits[slot].append(seen[slot])

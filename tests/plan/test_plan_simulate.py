@@ -96,6 +96,20 @@ def test_twice_the_machine_takes_half_the_time(small: Recipe) -> None:
     assert simulate(job, faster(**rates), *work).total == pytest.approx(simulate(job, PROFILE, *work).total / 2)
 
 
+def test_the_teacher_s_top_k_costs_the_student_s_head_once_more(small: Recipe) -> None:
+    job = job_of(changed(small, stop={"kind": "kat", "window": 4}), 1, 15, 4)
+    other = job_of(
+        changed(small, stop={"kind": "kat", "window": 4}, rollout={"divergence_support": "teacher_top_k"}), 1, 15, 4
+    )
+    lengths = [8] * 15  # all slots, two rounds
+    usual, more = (simulate(each, PROFILE, lengths, lengths).seconds for each in (job, other))
+    head = 2 * job.student.hidden * job.student.vocabulary * 15 * 8 / PROFILE.flops
+    assert more["teacher"] - usual["teacher"] == pytest.approx(head)
+    assert {key: value for key, value in more.items() if key != "teacher"} == pytest.approx(
+        {key: value for key, value in usual.items() if key != "teacher"}
+    )
+
+
 def test_shorter_rollouts_take_less_and_every_rank_has_its_share(small: Recipe) -> None:
     job = job_of(small, 4, 4, 4)
     written = list(job.lengths.written)

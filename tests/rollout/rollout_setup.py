@@ -24,7 +24,7 @@ from katds.core.types import Need, Prompt, Rollout, RolloutBatch, RolloutRequest
 from katds.models.causal import FlatCausalLM
 from katds.rollout.engine import RolloutEngine
 from katds.rollout.sampling import Sampling
-from katds.rollout.sizes import EngineSettings
+from katds.rollout.sizes import EngineSettings, Support
 
 VOCABULARY = 65
 TOP_K = 6
@@ -145,8 +145,10 @@ def full_forward(model: Qwen3ForCausalLM, rollout: Rollout, temperature: float) 
     return torch.log_softmax(logits / temperature, -1), hidden
 
 
-def full_divergences(pair: Models, rollout: Rollout, temperature: float) -> torch.Tensor:
+def full_divergences(
+    pair: Models, rollout: Rollout, temperature: float, support: Support = "student_top_k"
+) -> torch.Tensor:
     p, _ = full_forward(pair.plain_student, rollout, temperature)
     q, _ = full_forward(pair.plain_teacher, rollout, temperature)
-    top, ids = p.topk(TOP_K)
-    return top_k_tail_reverse_kl(top, q.gather(-1, ids))
+    ids = (p if support == "student_top_k" else q).topk(TOP_K).indices
+    return top_k_tail_reverse_kl(p.gather(-1, ids), q.gather(-1, ids))

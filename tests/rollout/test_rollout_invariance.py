@@ -30,6 +30,7 @@ from katds.models.causal import FlatCausalLM
 from katds.parallel.world import ProcessCollective, start_world
 from katds.parallel.zero import load_frozen
 from katds.rollout.sampling import Sampling
+from katds.rollout.sizes import Support
 
 NEEDS = frozenset({Need.SAMPLED})
 EOS = (5, 23, 40)
@@ -65,19 +66,23 @@ RULES: dict[str, Callable[[float], StopRule]] = {
 
 
 @pytest.mark.parametrize(
-    ("kind", "sampling"),
-    [*((kind, Sampling()) for kind in RULES), *((kind, FILTERED) for kind in ("kat", "never", "first_of"))],
+    ("kind", "sampling", "support"),
+    [
+        *((kind, Sampling(), "student_top_k") for kind in RULES),
+        *((kind, FILTERED, "student_top_k") for kind in ("kat", "never", "first_of")),
+        ("kat", FILTERED, "teacher_top_k"),
+    ],
 )
-def test_any_slots_and_chunks_give_the_same_rollouts(kind: str, sampling: Sampling) -> None:
-    requests = mixed_requests(audit_every=4)
-    threshold = trap_threshold(requests, sampling=sampling)
-    expected = write(RULES[kind](threshold), requests, slots=15, chunk_tokens=5, sampling=sampling)
+def test_any_slots_and_chunks_give_the_same_rollouts(kind: str, sampling: Sampling, support: Support) -> None:
+    requests, usual = mixed_requests(audit_every=4), {"sampling": sampling, "support": support}
+    threshold = trap_threshold(requests, **usual)
+    expected = write(RULES[kind](threshold), requests, slots=15, chunk_tokens=5, **usual)
     assert {r.reason for r in expected.rollouts} == {"eos", "length", *RULES[kind](threshold).reasons}
     assert any(r.hole for r in expected.rollouts) == (kind == "kat after")
     for slots, chunk in SHAPES:
         for overlap in (False, True):
             sizes = {"slots": slots, "chunk_tokens": chunk, "overlap": overlap}
-            assert_same(write(RULES[kind](threshold), requests, sampling=sampling, **sizes), expected)
+            assert_same(write(RULES[kind](threshold), requests, **usual, **sizes), expected)
 
 
 def test_the_order_of_requests_does_not_matter() -> None:

@@ -25,6 +25,7 @@ from katds.core.types import Field, Need, Rollout, RolloutBatch
 from katds.rollout.sampling import Sampling, sample_step
 
 ALL = frozenset(Need) - {Need.CHUNKS}  # of a teacher with the same tokenizer
+NEITHER = frozenset({Need.SAMPLED})  # of the two top K
 WARM = Sampling(temperature=0.8)
 PRECISIONS = [(torch.float32, 1e-4), (torch.float64, 1e-9)]
 
@@ -74,6 +75,28 @@ def test_streamed_divergences_equal_one_full_forward(dtype: torch.dtype) -> None
     for rollout in batch_with_traps(pair).rollouts:
         expected = full_divergences(pair, rollout, WARM.temperature)
         torch.testing.assert_close(torch.tensor(rollout.divergences, dtype=dtype), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_divergences_on_the_teacher_s_top_k_equal_one_full_forward(dtype: torch.dtype, fast: bool) -> None:
+    """Whatever the objective asks of the teacher's top K, it gets its own K of them, and no field more than before."""
+    pair, more = models(dtype), {"support": "teacher_top_k", "fast_decode": fast, "sampling": WARM}
+    plain = engine(pair, kat(None), NEITHER, sampling=WARM).generate(mixed_requests(), 2)
+    far = 0.0
+    for needs, top_k in ((NEITHER, None), (NEITHER | {Need.TEACHER_TOP_K}, 3), (ALL, TOP_K + 4)):
+        batch = engine(pair, kat(None), needs, teacher_top_k=top_k, **more).generate(mixed_requests(), 2)
+        assert ([r.response_ids for r in batch.rollouts]) == [r.response_ids for r in plain.rollouts]
+        for rollout in batch.rollouts:
+            expected = full_divergences(pair, rollout, WARM.temperature, "teacher_top_k")
+            torch.testing.assert_close(torch.tensor(rollout.divergences, dtype=dtype), expected, rtol=0, atol=1e-4)
+            far = max(far, float((expected - full_divergences(pair, rollout, WARM.temperature)).abs().max()))
+        fields = engine(pair, None, needs, teacher_top_k=top_k, sampling=WARM).generate(mixed_requests(), 2).signal
+        assert {key: rows.shape for key, rows in batch.signal.items()} == {k: v.shape for k, v in fields.items()}
+        if top_k is not None:
+            assert batch.signal[Field.TEACHER_TOP].shape[1] == top_k
+            torch.testing.assert_close(batch.signal[Field.TEACHER_TOP], fields[Field.TEACHER_TOP], rtol=0, atol=1e-4)
+    assert far > 0.01, "whose top K it is makes no difference here: the test is idle"
 
 
 def test_more_top_tokens_than_there_are_words_give_the_full_divergence() -> None:

@@ -74,6 +74,16 @@ def test_a_whole_run(base: Path, tmp_path: Path, way: str) -> None:
     SPECIAL.get(way, lambda *_: None)(ranks, steps, recorded)
 
 
+def test_a_run_whose_rule_and_loss_read_the_teacher_s_top_k(base: Path, tmp_path: Path) -> None:
+    folder, ranks = short_run(
+        base, tmp_path, {"kind": "kat"}, rollout={"divergence_support": "teacher_top_k"},
+        objective={"kind": "reverse_kl", "support": "teacher_top_k"},
+    )  # fmt: skip
+    steps = [record for record in records(folder) if "loss/total" in record]
+    assert_recorded(folder, ranks, steps)
+    assert steps[-1]["stop/kat"] > 0 and all(record["loss/total"] > 0 for record in steps)
+
+
 def assert_recorded(folder: Path, ranks: list[dict[str, Any]], steps: list[dict[str, Any]]) -> None:
     """metrics.jsonl and lengths.jsonl against the rollouts themselves."""
     for step, (record, line) in enumerate(zip(steps, lengths.read(folder), strict=True)):

@@ -75,7 +75,11 @@ def spoil(recipe: dict[str, Any], section: str, **change: Any) -> dict[str, Any]
         ("teachers", {"math": ...}, "column 'domain' is 'math', which names no teacher. Teachers are code"),
         ("teachers", {"code": {"path": "nowhere"}}, "teachers.code.path is nowhere, which is no folder"),
         ("objective", {"kind": "jsd"}, "needs the head of one teacher, but teachers names math, code"),
-        ("behaviour", {"kind": "trb"}, "every step beside the student, which needs a single one, but teachers names math, code"),
+        (
+            "behaviour",
+            {"kind": "trb"},
+            "every step beside the student, which needs a single one, but teachers names math, code",
+        ),
         ("teachers", {"math": {"path": "x", "gather": "never"}}, "teachers"),
     ],
 )

@@ -14,7 +14,7 @@ from katds.core.types import Need, Prompt, RolloutRequest
 from katds.models.causal import FlatCausalLM
 from katds.models.slot_cache import SlotCache
 from katds.rollout.decode import Chunk
-from katds.rollout.scorer import TeacherScorer
+from katds.rollout.scorer import Compared, TeacherScorer
 from katds.rollout.slots import Seat
 
 
@@ -40,7 +40,7 @@ def _score(bench: Bench, model: FlatCausalLM, shape: Shape, slots: int, chunk: i
         bench.tokens(slots, chunk, below=shape.vocabulary), bench.tokens(slots, chunk, below=shape.vocabulary),
         bench.tokens(slots, chunk, top_k, below=shape.vocabulary), logprobs,
     )  # fmt: skip
-    scorer = TeacherScorer(model, cache, frozenset({Need.SAMPLED, Need.STUDENT_TOP_K}), True, top_k, 1.0)
+    scorer = TeacherScorer(model, cache, frozenset({Need.SAMPLED, Need.STUDENT_TOP_K}), Compared(top_k), top_k, 1.0)
     tokens = slots * chunk
     memory = bench.whole_gib(lambda: scorer.score(seats, {}, made))
     timed = bench.timed(lambda: scorer.score(seats, {}, made), tokens, forward_flops(multiplied(model), tokens))

@@ -45,8 +45,8 @@ class KatRule(StopRule):
     d_t = KL(p_t || q_t) of response token t, on top 64 and a tail bucket; z_t = (d_{t-W+1} + .. + d_t) / W, for every `stride`-th t; low is
     z_t < s_k, the 1-eta quantile of the last `capacity` rollout minima min_t z_t, as it was before step k (`core.threshold`).
 
-    Open, and settings here: the stride, L0, and whose minima enter (`source`). Open, and fixed: the 64 tokens are the student's, where
-    reverse KL has its weight and whose probabilities are known as they are written.
+    Open, and settings here: the stride, L0, whose minima enter (`source`), and whose 64 tokens these are (`rollout.divergence_support`):
+    by default the student's, where reverse KL has its weight and whose probabilities are known as they are written.
 
     The paper's ablation by stages adds the agreement stage, or what comes after it, back to the loss (`supervise`). Where that
     stage ends is [open]: here it is the tokens of all consecutive low windows of the run that fired; one that no window ends

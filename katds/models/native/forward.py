@@ -188,7 +188,7 @@ class NativeStep:
 
     def __init__(self, model: FlatCausalLM, cache: SlotCache) -> None:
         self.forward = NativeForward(model, cache)
-        self._cache = cache
+        self._cache, self.hidden = cache, torch.empty(0)
         slots = torch.arange(cache.slots)
         ones = torch.ones_like(slots)
         self._slots, self._runs = slots, run_table(slots, ones, slots, torch.zeros_like(slots))
@@ -204,8 +204,8 @@ class NativeStep:
         )
         runs = self._runs[:rows]
         runs[:, 3] = positions
-        hidden = self.forward.hidden(tokens, positions, (None, self._slots[:rows], positions), runs)
-        return linear(hidden, *self.forward.head)
+        self.hidden = self.forward.hidden(tokens, positions, (None, self._slots[:rows], positions), runs)
+        return linear(self.hidden, *self.forward.head)
 
 
 def _check(model: FlatCausalLM, cache: SlotCache) -> None:
