@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,19 @@ def test_a_recipe_loads_as_it_is(place: Path, monkeypatch: pytest.MonkeyPatch, n
     recipe, inputs = read(name)
     assert (recipe.rollout.temperature, recipe.rollout.top_p, recipe.rollout.max_new_tokens) == (1.0, 0.95, 4096)
     assert recipe.stop.kind == "kat" and (recipe.stop.window, recipe.stop.persistence) == (64, 4)
-    assert recipe.train.optimizer.lr == 1e-6 and recipe.train.epochs == (3 if "1.7b" in name else 2)
+    threshold, train, optimizer = recipe.stop.threshold, recipe.train, recipe.train.optimizer
+    assert (threshold.eta, threshold.capacity, threshold.min_entries, threshold.min_steps) == (0.3, 4096, 512, 50)
+    assert (recipe.rollout.samples_per_prompt, recipe.rollout.divergence_top_k) == (1, 64)
+    # Of a batch of 128, minibatches of 32; eight nodes take four times as many.
+    assert (recipe.rollout.prompts_per_step, train.minibatches) == (512 if "32b" in name else 128, 4)
+    assert (optimizer.lr, optimizer.warmup_fraction, optimizer.weight_decay, optimizer.gradient_clip) == (
+        1e-6,
+        0.03,
+        0.0,
+        1.0,
+    )
+    assert optimizer.final_lr_fraction == 0.0 and train.epochs == (3 if "1.7b" in name else 2)
+    assert recipe.objective.kind == "reverse_kl" and recipe.objective.support == "student_top_k"
     assert {b.name: (len(b.prompts), b.samples, b.k) for b in inputs.benchmarks} == {
         "aime24": (2, 32, 32), "math500": (3, 8, 8), "amc": (3, 8, 8), "minerva": (3, 8, 8),
     }  # fmt: skip
@@ -172,33 +185,49 @@ def test_dapo_in_its_first_form(place: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 SMALL = {
-    "run.name": "small", "rollout.prompts_per_step": 8, "rollout.max_new_tokens": 32, "rollout.slots": 4, "rollout.chunk_tokens": 8,
+    "rollout.prompts_per_step": 8, "rollout.max_new_tokens": 32, "rollout.slots": 4, "rollout.chunk_tokens": 8,
     "stop.window": 4, "stop.persistence": 2, "stop.threshold.min_entries": 2, "stop.threshold.min_steps": 1, "train.steps": 2,
     "evaluation.benchmarks.aime24.samples": 2, "evaluation.samples": 2, "train.optimizer.lr": 0.01, "data.max_prompt_tokens": 64,
     "student.deepspeed": "zero3.json", "teacher.deepspeed": "zero3.json",
 }  # fmt: skip
 
 
-def train_and_score(folder: Path) -> tuple[dict[str, float], dict[str, float]]:
+def train_and_score(folder: Path, name: str) -> tuple[dict[str, float], dict[str, float]]:
     os.chdir(folder)
-    flags = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
-    recipe = load_recipe(["--config", str(QWEN["qwen3_8b_to_1.7b_math"]), *flags], "p", "d")
+    flags = [word for key, value in SMALL.items() for word in (f"--{key}", str(value))]
+    recipe = load_recipe(["--config", str(QWEN[name]), "--run.name", name, *flags], "p", "d")
     run.train(recipe)
-    after = json.loads(Path("runs/small/summary.json").read_text())["after"]
-    final = recipe.model_copy(update={"student": recipe.student.model_copy(update={"path": Path("runs/small/final")})})
-    return after, evaluation.evaluate(final).metrics()
+    after = json.loads(Path(f"runs/{name}/summary.json").read_text())["after"]
+    student = recipe.student.model_copy(update={"path": Path(f"runs/{name}/final")})
+    return after, evaluation.evaluate(recipe.model_copy(update={"student": student})).metrics()
 
 
-def test_a_recipe_trains_and_scores(place: Path) -> None:
+@pytest.mark.parametrize("name", QWEN)
+def test_a_recipe_trains_and_scores(place: Path, name: str) -> None:
     (place / "zero3.json").write_text(json.dumps(deepspeed_json()))
-    for after, scored in run_ranks(2, train_and_score, place):
+    for after, scored in run_ranks(2, train_and_score, place, name):
         assert {"aime24/avg@2", "math500/pass@2", "amc/avg@2", "minerva/avg@2", "average/avg@k"} <= after.keys()
         assert scored == after
-    steps = [record for record in records(place / "runs/small") if "loss/total" in record]
+    steps = [record for record in records(place / "runs" / name) if "loss/total" in record]
     assert len(steps) == 2 and all(record["stop/eos"] > 0 for record in steps)
-    final = place / "runs/small/final"
+    final = place / "runs" / name / "final"
     ends = GenerationConfig.from_pretrained(final).eos_token_id
     assert ends == sorted(AutoTokenizer.from_pretrained(final).convert_tokens_to_ids([END, CHAT_END]))
+
+
+@pytest.mark.parametrize("name", QWEN)
+def test_the_readme_has_the_columns_that_a_recipe_reads(name: str) -> None:
+    text = (ROOT / "launch/recipes/README.md").read_text()
+    folders = re.findall(r"--local-dir (data/\S+)", text)
+    table = text.partition("| set | rows |")[2].partition("\n\n")[0].splitlines()[2:]
+    rows = dict(zip(folders, table, strict=True))  # in the order of the downloads
+    recipe = read_recipe(QWEN[name])
+    read = [recipe["data"] | {"data": recipe["data"]["train"]}, *recipe["evaluation"]["benchmarks"].values()]
+    assert len(read) == len(rows)
+    for each in read:
+        (row,) = (row for folder, row in rows.items() if f"{each['data']}/".startswith(f"{folder}/"))
+        _, _, _, _, prompt, answer, *_ = row.split("|")
+        assert f"`{each['prompt_column']}`" in prompt and f"`{each['answer_column']}`" in answer, row
 
 
 def test_every_recipe_is_in_the_readme() -> None:
