@@ -13,8 +13,12 @@ LOST_AFTER = 8
 
 
 def assert_is_that_on_one_host(base: Path, run: Path, ranks: int) -> None:
-    """Bit for bit: rollouts, losses, thresholds, weights."""
     full, _ = full_run(base, ranks)
+    assert_same(full, run, ranks)
+
+
+def assert_same(full: Path, run: Path, ranks: int) -> None:
+    """Bit for bit: rollouts, losses, thresholds, weights."""
     assert json.loads((run / "summary.json").read_text())["ranks"] == ranks
     assert [timeless(record) for record in records(run)] == [timeless(record) for record in records(full)]
     for file in sorted((full / "rollouts").iterdir()):

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import yaml
 from hosts import Hosts, missing, remove_abandoned
-from same_run import LOST_AFTER, assert_is_alike, assert_is_that_on_one_host, losing_recipe
-from whole_runs import full_run
+from same_run import LOST_AFTER, assert_is_alike, assert_is_that_on_one_host, assert_same, losing_recipe
+from whole_runs import full_run, records, train
 from zoo import shared_folder
 
 from katds.parallel.heartbeat import EXIT_CODE
@@ -134,9 +134,9 @@ def told(folder: Path) -> str:
     ("kind", "slots"),
     [
         ("deepspeed", {"a": 2, "b": 1}),
-        ("torchrun", {"a": 1, "b": 1}),
+        ("torchrun", {"a": 1, "b": 1, "c": 1}),
     ],
-    ids=["deepspeed-2-1", "torchrun-1-1"],
+    ids=["deepspeed-2-1", "torchrun-1-1-1"],
 )
 def test_a_run_over_hosts_is_that_on_one_host(
     hosts: Hosts, launch: Any, base: Path, tmp_path: Path, kind: str, slots: dict[str, int]
@@ -149,6 +149,28 @@ def test_a_run_over_hosts_is_that_on_one_host(
     assert_is_that_on_one_host(base, tmp_path / "run", sum(slots.values()))
     assert "on host" not in told(tmp_path)
     assert [process for name in slots for process in hosts.processes(name)] == []
+
+
+def test_the_demo_trains_over_three_hosts(hosts: Hosts, launch: Any, tmp_path: Path) -> None:
+    """launch/recipes/demo.yaml itself, with models that are hardly trained and less of everything."""
+    made = [sys.executable, "launch/prepare_demo.py", "--quick", "--out", tmp_path / "models"]
+    subprocess.run(list(map(str, made)), check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+    recipe = yaml.safe_load(
+        (ROOT / "launch/recipes/demo.yaml").read_text().replace("runs/demo-models", str(tmp_path / "models"))
+    )
+    recipe["run"]["folder"] = str(tmp_path / "one-host")
+    recipe["rollout"] |= {"prompts_per_step": 24, "max_new_tokens": 96}
+    recipe["stop"]["threshold"] |= {"capacity": 24, "min_entries": 8, "min_steps": 1}
+    recipe["train"]["steps"], recipe["evaluation"]["limit"] = 3, 9
+    train(3, recipe)
+    flags = ("--run.folder", str(tmp_path / "hosts"))
+    assert not any(end(launch("deepspeed", {"a": 1, "b": 1, "c": 1}, recipe, "log", *flags), within=800)), told(
+        tmp_path
+    )
+    assert_same(tmp_path / "one-host/demo", tmp_path / "hosts/demo", 3)
+    seen = records(tmp_path / "hosts/demo")
+    assert any(record.get("stop/kat", 0) > 0 for record in seen), "no trap, no test of the rule"
+    assert sum(any("avg@4" in key for key in record) for record in seen) == 2, seen
 
 
 # The program of every rank: says which hosts share the teacher's shards.
