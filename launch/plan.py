@@ -41,7 +41,8 @@ def main() -> None:
     if options.sweep:
         sweep_settings(options, rest, profile)
         return
-    plan = make_plan(recipe, profile, Wishes(options.gpus, options.lengths, options.natural, options.scaling == "weak"))
+    wishes = Wishes(options.gpus, options.lengths, options.natural, options.stretch, options.scaling == "weak")
+    plan = make_plan(recipe, profile, wishes)
     print(json.dumps(as_json(plan), indent=1) if options.json else text(plan), flush=True)
 
 
@@ -54,9 +55,9 @@ def sweep_settings(options: argparse.Namespace, rest: list[str], profile: Profil
     from katds.errors import ConfigError
     from katds.plan.sweep import as_json, parse, sweep, text
 
-    if options.lengths or options.natural:
+    if options.lengths or options.natural or options.stretch:
         raise ConfigError(
-            "--sweep takes every rollout as long as it may be; remove --lengths and --natural, or --sweep."
+            "--sweep takes every rollout as long as it may be; remove --lengths, --natural and --stretch, or --sweep."
         )
     settings = [parse(each) for each in options.sweep]
     names = [name for name, _ in settings]
@@ -93,6 +94,11 @@ def command_line() -> argparse.ArgumentParser:
         "--lengths has saved)",
     )  # fmt: skip
     parser.add_argument(
+        "--stretch", type=above_zero, metavar="FACTOR",
+        help="recorded rollouts are taken to be so many times as long, at most rollout.max_new_tokens: a record of a small task stands for "
+        "a longer one",
+    )  # fmt: skip
+    parser.add_argument(
         "--scaling", choices=("weak", "strong"), default="weak",
         help="simulated steps on 1 to 1024 GPUs: rollouts per GPU stay the same, or the recipe's step is shared (default: %(default)s)",
     )  # fmt: skip
@@ -105,6 +111,16 @@ def positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def above_zero(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
 
 
 def measure_here(file: Path) -> None:

@@ -33,6 +33,14 @@ class Lengths:
     source: str
     audit: Sequence[int] = ()
 
+    def stretched(self, factor: float, longest: int) -> Lengths:
+        """Each so many times as long, from 1 to `longest` tokens."""
+        written, kept, audit = (
+            [min(longest, max(1, round(factor * length))) if length else 0 for length in lengths]
+            for lengths in (self.written, self.kept, self.audit)
+        )
+        return Lengths(written, kept, f"{self.source}, {factor:g} times as long, at most {longest}", audit)
+
     def draw(self, count: int, seed: int, audit_fraction: float = 0.0) -> tuple[list[int], list[int]]:
         """Of `count` rollouts, with replacement, the audit group first, as the engine begins them; equal seeds give equal lengths."""
         generator = random.Random(seed)

@@ -27,12 +27,14 @@ class Wishes:
     Args:
         ranks: GPUs of the plan.
         lengths: folder of a recorded run; natural: of one that no rule ended, for comparison.
+        stretch: so many times as long as recorded.
         weak: simulated steps have as many rollouts per rank as the plan's; else the recipe's step is shared by all.
     """
 
     ranks: int
     lengths: Path | None = None
     natural: Path | None = None
+    stretch: float | None = None
     weak: bool = True
     scales: Sequence[int] = RANKS
 
@@ -43,9 +45,14 @@ def make_plan(recipe: Recipe, profile: Profile, wishes: Wishes) -> Plan:
         raise ConfigError(
             "--natural is given without --lengths: there is nothing to compare it with. Give --lengths the run with the rule."
         )
+    if wishes.stretch is not None and wishes.lengths is None:
+        raise ConfigError("--stretch is given without --lengths: no lengths are recorded. Give --lengths a run.")
     lengths = (
         {"longest": longest(recipe)} if wishes.lengths is None else recorded.scenarios(wishes.lengths, wishes.natural)
     )
+    if wishes.stretch is not None:
+        limit = recipe.rollout.max_new_tokens
+        lengths = {name: each.stretched(wishes.stretch, limit) for name, each in lengths.items()}
     job = make_job(recipe, profile, wishes.ranks, next(iter(lengths.values())))
     found = memory(job)
     times = [] if wishes.lengths is None else scenarios(job, profile, lengths, wishes.scales, wishes.weak)

@@ -146,6 +146,13 @@ def test_recorded_lengths(small: Recipe, tmp_path: Path) -> None:
     assert all(max(times[n, "with the rule"]) < min(times[n, "without"]) for n in (1, 2, 1024))
     assert {len(seconds) for (ranks, _), seconds in times.items() if ranks == 1} == {MOST}
     assert {s.rollouts for s in plan.scenarios if s.ranks == 1024} == {6 * 1024}
+    long = small.rollout.max_new_tokens
+    for factor, (rule, free) in {0.5: (6, 12), 1.0: (12, 24), 50.0: (long, long), 0.001: (1, 1)}.items():
+        plan = make_plan(small, GPUS["h100"], Wishes(2, ended, natural, factor, scales=(1,)))
+        written, kept = plan.job.drawn
+        assert set(kept) == {rule} and set(written) == {rule, free}
+        assert any(f"{factor:g} times as long, at most {long}" in source for source in plan.sources)
+    refused(lambda: make_plan(small, GPUS["h100"], Wishes(2, stretch=2.0)), "--stretch", "--lengths")
     strong = make_plan(small, GPUS["h100"], Wishes(2, ended, natural, weak=False, scales=(1, 4)))
     assert {s.rollouts for s in strong.scenarios} == {12}
     unruled = make_plan(small, GPUS["h100"], Wishes(2, natural, scales=(1,)))
