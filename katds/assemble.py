@@ -207,7 +207,6 @@ def engine_settings(recipe: Recipe, facts: ModelFacts, world: World, sampling: S
         fast_decode=rollout.fast_decode,
         keep_decoder=rollout.weights == "copy",
         overlap=rollout.overlap,
-        support=rollout.divergence_support,
     )
 
 

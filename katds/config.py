@@ -152,11 +152,8 @@ def _check_aligned(recipe: Recipe) -> None:
             f"{kind} is for a teacher with tokens of its own, but behaviour.kind {recipe.behaviour.kind} lets both models choose each "
             "token; set behaviour.kind to student"
         )
-    if recipe.rollout.divergence_support != "student_top_k":
-        raise ValueError(
-            f"{kind} compares chunks of text, so that rollout.divergence_support {recipe.rollout.divergence_support} would do nothing; "
-            "remove it"
-        )
+    if recipe.stop.reads_teacher_top_k:
+        raise ValueError(f"{kind} compares chunks of text, so that stop.support would do nothing; remove it")
     if recipe.rollout.overlap:
         raise ValueError(
             f"{kind} looks at what was written before the teacher reads it: nothing is left to overlap; set rollout.overlap to false"

@@ -6,7 +6,7 @@ learnt from, not for prompts. The student reads what it writes, what it overshoo
 learner reads prompt and kept tokens, at 3 times the price: a backward costs two forwards (4 with activation checkpointing, which does not
 recompute the head). Norms, activations, softmax, sampling, the optimizer and evaluations are left out; so is what a sliding window saves,
 and what is read twice of a head: the teacher's by an objective over the whole vocabulary (objective.support full, jsd) when it learns,
-the student's by rollout.divergence_support teacher_top_k.
+the student's by stop.support teacher_top_k.
 """
 
 from __future__ import annotations

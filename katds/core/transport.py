@@ -102,8 +102,8 @@ def sinkhorn(
     arXiv 1306.0895), in the log domain.
 
     So many iterations, and not until a tolerance is met: POT would go on until the slowest pair of the block is done. Columns sum to
-    their weights; at windows of 50 tokens and 200 iterations rows lack at most 1e-6 of the mass at a regularisation of 0.1, and some 1e-2
-    at 0.05.
+    their weights; of random windows of 50 tokens, after 200 iterations at the cost 1 - cos, rows lack some 1e-6 of the mass at a
+    regularisation of 0.1, and some 1e-2 at 0.05; at the Euclidean cost some 1e-3 and 1e-2.
 
     Args:
         cost_SNM: float64, in [0, 2]; anything beyond the lengths.

@@ -41,8 +41,10 @@ def rollouts(found: Memory, job: Job) -> None:
         how = f"a forward of {tokens} tokens, {chunk} scored"
         found.add(f"{teacher_name(job, teacher)}: reading", how, size, ("score",))
     if job.signal.by_teacher:
-        kept = chunk * shape.hidden * shape.width
-        found.add("student: hidden states", f"{chunk} tokens x {shape.hidden}", kept, ("decode", "score"))
+        flights = 2 if rollout.overlap else 1
+        kept = flights * slots * rollout.chunk_tokens * shape.hidden * shape.width
+        how = f"{flights} x {slots} slots x {rollout.chunk_tokens} tokens x {shape.hidden}"
+        found.add("student: hidden states", how, kept, ("decode", "score"))
     row = job.signal.bytes
     log = job.decoded_rows * row
     found.add("signal of the step", f"{job.decoded_rows} scored tokens x {row} B", log, ROLLOUT)

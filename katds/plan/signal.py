@@ -47,7 +47,8 @@ class SignalShape:
     @property
     def by_teacher(self) -> bool:
         """Whether the divergence is that on the teacher's most probable tokens."""
-        return self.divergence and self.recipe.rollout.divergence_support == "teacher_top_k"
+        reads: bool = self.recipe.stop.reads_teacher_top_k
+        return reads
 
     @property
     def top_k(self) -> int:

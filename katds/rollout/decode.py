@@ -91,7 +91,8 @@ class Decoder:
             pending = torch.cat([flight.tokens_SC[:, -1], pending[flying:]])
         random_CS = uniforms(keys, counters + torch.arange(tokens, device=counters.device)[:, None])
         longest = max(seat.position + more for seat, more in zip(seats, ahead, strict=True))
-        inputs, drawn, hidden = [], [], []
+        inputs, drawn = [], []
+        hidden_SCH = None
         wanted = {"logprob": Need.WRITTEN in self._needs, "entropy": Need.STUDENT_ENTROPY in self._needs}
         with torch.inference_mode():  # a tenth faster than no_grad; what is stacked outside are ordinary tensors again
             for step in range(tokens):
@@ -102,11 +103,13 @@ class Decoder:
                 )
                 inputs.append(pending)
                 if self._keep_hidden:
-                    hidden.append(self._step.hidden.clone())
+                    if hidden_SCH is None:
+                        hidden_SCH = _room(self._step.hidden, tokens)
+                    hidden_SCH[:, step] = self._step.hidden
                 pending, positions = drawn[-1].tokens_S, positions + 1
         rest = ("top_ids_SK", "top_logprobs_SK", "logprobs_S", "entropies_S")
         kept = [_stacked([getattr(each, name) for each in drawn]) for name in rest]
-        kept.append(_stacked(hidden))
+        kept.append(hidden_SCH)
         return Chunk(torch.stack(inputs, 1), torch.stack([each.tokens_S for each in drawn], 1), *kept)
 
     def _policy(
@@ -122,6 +125,11 @@ class Decoder:
 
     def _tensor(self, values: Sequence[Any]) -> torch.Tensor:
         return upload(torch.tensor(values, dtype=torch.int64), self._cache.device)
+
+
+def _room(hidden_SH: torch.Tensor, tokens: int) -> torch.Tensor:
+    with torch.inference_mode(False):
+        return hidden_SH.new_empty(hidden_SH.shape[0], tokens, hidden_SH.shape[1])
 
 
 def _stacked(steps: Sequence[torch.Tensor | None]) -> torch.Tensor | None:

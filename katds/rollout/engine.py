@@ -85,10 +85,13 @@ class RolloutEngine:
         self._settings = settings
         self._clock = clock
         self._teachers = teachers
-        by_student = compares and (settings.support == "student_top_k" or Need.STUDENT_TOP_K in needs)
+        by_teacher = compares and rule.reads_teacher_top_k
+        by_student = compares and (not by_teacher or Need.STUDENT_TOP_K in needs)
         of_writer = not teachers and Need.TEACHER_TOP_K in needs
         top_k = settings.top_k if by_student or of_writer else 0
-        self._phases = PhaseMaker(settings, needs, top_k, compares, len(teachers), say, behaviour, retokenise)
+        self._phases = PhaseMaker(
+            settings, needs, top_k, compares, by_teacher, len(teachers), say, behaviour, retokenise
+        )
         self._side = Side(settings.device, settings.overlap)
         self.stats = EngineStats()
         self._finite = True  # the divergences of this rank, then of its block
@@ -142,6 +145,7 @@ class RolloutEngine:
                 scores = self._score(phase, leaders, chunk)
                 ended = [] if chunk is None else self._judge(phase, chunk, scores, signal, done)
             self._retire(phase, ended)
+            del written, chunk, scores  # the next chunk needs their room
 
     def _admit(self, slots: Slots, queue: list[RolloutRequest]) -> tuple[dict[int, int], bool]:
         """Collective of the block: the round's control reduction. Returns the followers' leaders, and whether any rank is busy."""

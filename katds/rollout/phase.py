@@ -36,7 +36,7 @@ class PhaseMaker:
 
     Args:
         top_k: of the student's tokens, as far as anyone asks for them; 0: nobody does.
-        compares: student and teacher are compared at each token.
+        compares: student and teacher are compared at each token; by_teacher: on the teacher's `settings.top_k`.
         teachers: how many there will be.
         retokenise: see `RolloutEngine`.
     """
@@ -47,13 +47,14 @@ class PhaseMaker:
         needs: frozenset[Need],
         top_k: int,
         compares: bool,
+        by_teacher: bool,
         teachers: int,
         say: Callable[[str], None],
         behaviour: Behaviour | None,
         retokenise: Callable[[Prompt], Retokeniser] | None = None,
     ) -> None:
         self._settings, self._needs, self._top_k, self._behaviour = settings, needs, top_k, behaviour
-        self._retokenise, self._compares = retokenise, compares
+        self._retokenise, self._compares, self._by_teacher = retokenise, compares, by_teacher
         self._steps = StepMaker(settings.fast_decode, settings.keep_decoder, say)
         self._forwards = [ForwardMaker(settings.fast_decode, say) for _ in range(teachers)]
         self._guides = StepMaker(settings.fast_decode, False, say)  # of a teacher that writes along
@@ -85,11 +86,20 @@ class PhaseMaker:
                 (make(teacher, cache), cache)
                 for make, teacher, cache in zip(self._forwards, teachers, caches, strict=True)
             ]
-        by_teacher = self._compares and settings.support == "teacher_top_k"
         decoder = Decoder(
-            made.forward, made.step, made.cache, sampling, self._top_k, needs, settings.seed, stream, guide, by_teacher
+            made.forward,
+            made.step,
+            made.cache,
+            sampling,
+            self._top_k,
+            needs,
+            settings.seed,
+            stream,
+            guide,
+            self._by_teacher,
         )
-        compared = Compared(settings.top_k, model.head_parameters() if by_teacher else None) if self._compares else None
+        head = model.head_parameters() if self._by_teacher else None
+        compared = Compared(settings.top_k, head) if self._compares else None
         teacher_top_k = settings.teacher_top_k or settings.top_k
         scorers = [
             TeacherScorer(

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 
 from katds.rollout.sampling import Sampling
-
-Support = Literal["student_top_k", "teacher_top_k"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +16,7 @@ class EngineSettings:
 
     keep_decoder: between phases, keep the student's cache and whatever was made for its decode steps (CUDA graphs). Only for a
     student whose weights stay where they are; the learner then has that much less memory.
-    top_k, support: of the divergence: on so many tokens, the most probable ones of the student or of the teacher.
+    top_k: tokens that the divergence is on, beside a tail bucket.
     teacher_top_k: K of Need.TEACHER_TOP_K; None: top_k.
     overlap: decode the next chunk while the teacher reads the last one. A rollout that has ended then writes one more in vain.
     """
@@ -36,7 +33,6 @@ class EngineSettings:
     keep_decoder: bool = False
     overlap: bool = False
     teacher_top_k: int | None = None
-    support: Support = "student_top_k"
 
 
 @dataclass(slots=True)

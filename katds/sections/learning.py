@@ -35,11 +35,6 @@ class RolloutConfig(Section):
         64,
         description="most probable tokens, on which the per-token reverse KL is computed; the rest is one tail bucket",
     )
-    divergence_support: Literal["student_top_k", "teacher_top_k"] = Field(
-        "student_top_k",
-        description="whose most probable tokens these are, for the stop rule, which is not published: the student's, where reverse KL has "
-        "its weight, or the teacher's, which costs the student's head once more per token (the loss has objective.support)",
-    )
     weights: Literal["view", "copy"] = Field(
         "view",
         description="what the student decodes from. view: its gathered shards, lent for the phase; no memory afterwards. "

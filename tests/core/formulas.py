@@ -117,9 +117,7 @@ def _reopold(settings: Any, rollouts: Sequence[Tokens], now: Moment) -> Losses:
     losses = [_ppo(r, _as_written(r).clamp(min=floor), settings) for r in rollouts]
     if now.step < settings.switch * now.steps:
         return [(loss, _as_written(r) >= floor) for loss, r in zip(losses, rollouts, strict=True)]
-    candidates = [
-        _as_written(r).numpy() >= (floor if settings.below_floor == "left_out" else -np.inf) for r in rollouts
-    ]
+    candidates = [_as_written(r).numpy() >= (floor if settings.below_floor == "mask" else -np.inf) for r in rollouts]
     everyone = np.sort(
         np.concatenate([r.entropies.numpy()[mask] for r, mask in zip(rollouts, candidates, strict=True)])
     )

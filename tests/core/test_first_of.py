@@ -149,6 +149,22 @@ def test_contradictions_are_named_by_their_place() -> None:
     two.check(500, 1.0, 0.1)
 
 
+def test_rules_read_one_divergence() -> None:
+    of_teacher = {"kind": "kat", "support": "teacher_top_k"}
+    both = section(rules=[of_teacher, {"kind": "prefix", "tokens": 500}, of_teacher | {"window": 32}])
+    both.check(1000, 1.0, 0.1)
+    assert (
+        both.reads_teacher_top_k and FirstOfRule.from_settings(both, RunFacts(0, 30, 128, 1, 0.1)).reads_teacher_top_k
+    )
+    alone = section(rules=[{"kind": "kat"}, {"kind": "prefix", "tokens": 500}])
+    assert (
+        not alone.reads_teacher_top_k
+        and not FirstOfRule.from_settings(alone, RunFacts(0, 30, 128, 1, 0.1)).reads_teacher_top_k
+    )
+    with pytest.raises(ValueError, match=r"support student_top_k and teacher_top_k\); give one of them to all"):
+        section(rules=[of_teacher, {"kind": "kat"}]).check(1000, 1.0, 0.1)
+
+
 def test_a_rule_that_leaves_holes_stands_alone() -> None:
     rules = [{"kind": "prefix", "tokens": 500}, {"kind": "kat", "supervise": "after"}]
     with pytest.raises(ValueError, match=r"stop.rules\[1\] ends no rollout but leaves a hole"):

@@ -63,6 +63,17 @@ def test_a_growing_prefix_is_a_line_over_the_run(tokens: int, data: st.DataObjec
         assert line - 1 < length <= line
 
 
+def test_a_prefix_may_grow_along_a_cosine() -> None:
+    rule = PrefixRule.from_settings(
+        PrefixSettings(tokens=110, grow_from=10, growth="cosine"), RunFacts(0, 7, 8, 1, 0.0)
+    )
+    lengths = []
+    for step in range(7):
+        lengths.append(rule.length(request()))
+        rule.finish_step(Solo(), step, 1)
+    assert lengths == [10, 17, 35, 60, 85, 103, 110]  # 10 + 50 (1 - cos(pi k / 6))
+
+
 def test_a_prefix_does_not_grow_unless_asked() -> None:
     rule = PrefixRule.from_settings(PrefixSettings(tokens=9), RunFacts(0, 5, 8, 1, 0.0))
     for _ in range(5):

@@ -97,10 +97,8 @@ def test_twice_the_machine_takes_half_the_time(small: Recipe) -> None:
 
 
 def test_the_teacher_s_top_k_costs_the_student_s_head_once_more(small: Recipe) -> None:
-    job = job_of(changed(small, stop={"kind": "kat", "window": 4}), 1, 15, 4)
-    other = job_of(
-        changed(small, stop={"kind": "kat", "window": 4}, rollout={"divergence_support": "teacher_top_k"}), 1, 15, 4
-    )
+    kat = {"kind": "kat", "window": 4}
+    job, other = (job_of(changed(small, stop=stop), 1, 15, 4) for stop in (kat, kat | {"support": "teacher_top_k"}))
     lengths = [8] * 15  # all slots, two rounds
     usual, more = (simulate(each, PROFILE, lengths, lengths).seconds for each in (job, other))
     head = 2 * job.student.hidden * job.student.vocabulary * 15 * 8 / PROFILE.flops

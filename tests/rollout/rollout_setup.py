@@ -24,7 +24,7 @@ from katds.core.types import Need, Prompt, Rollout, RolloutBatch, RolloutRequest
 from katds.models.causal import FlatCausalLM
 from katds.rollout.engine import RolloutEngine
 from katds.rollout.sampling import Sampling
-from katds.rollout.sizes import EngineSettings, Support
+from katds.rollout.sizes import EngineSettings
 
 VOCABULARY = 65
 TOP_K = 6
@@ -114,9 +114,11 @@ def mixed_requests(first_id: int = 40, samples: int = 3, audit_every: int = 0) -
     ]
 
 
-def kat(threshold: float | None, source: Source = "all", supervise: Supervise = "before") -> KatRule:
-    """A warm rule for short rollouts; with None it measures and never fires."""
-    rule = KatRule(4, 2, 2, 3, AdaptiveThreshold(0.1, 4096, 4, 1), source, supervise)
+def kat(
+    threshold: float | None, source: Source = "all", supervise: Supervise = "before", of_teacher: bool = False
+) -> KatRule:
+    """A warm rule for short rollouts; with None it measures and never fires. `of_teacher`: on the teacher's top K."""
+    rule = KatRule(4, 2, 2, 3, AdaptiveThreshold(0.1, 4096, 4, 1), source, supervise, of_teacher)
     rule.load_state_dict({"steps": 9, "minima": [], "value": threshold})
     return rule
 
@@ -145,10 +147,8 @@ def full_forward(model: Qwen3ForCausalLM, rollout: Rollout, temperature: float) 
     return torch.log_softmax(logits / temperature, -1), hidden
 
 
-def full_divergences(
-    pair: Models, rollout: Rollout, temperature: float, support: Support = "student_top_k"
-) -> torch.Tensor:
+def full_divergences(pair: Models, rollout: Rollout, temperature: float, of_teacher: bool = False) -> torch.Tensor:
     p, _ = full_forward(pair.plain_student, rollout, temperature)
     q, _ = full_forward(pair.plain_teacher, rollout, temperature)
-    ids = (p if support == "student_top_k" else q).topk(TOP_K).indices
+    ids = (q if of_teacher else p).topk(TOP_K).indices
     return top_k_tail_reverse_kl(p.gather(-1, ids), q.gather(-1, ids))

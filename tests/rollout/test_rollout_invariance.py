@@ -30,7 +30,6 @@ from katds.models.causal import FlatCausalLM
 from katds.parallel.world import ProcessCollective, start_world
 from katds.parallel.zero import load_frozen
 from katds.rollout.sampling import Sampling
-from katds.rollout.sizes import Support
 
 NEEDS = frozenset({Need.SAMPLED})
 EOS = (5, 23, 40)
@@ -42,8 +41,8 @@ def write(rule: StopRule | None, requests: list[RolloutRequest], **settings: Any
     return engine(models(), rule, NEEDS, **{"eos_ids": EOS, **settings}).generate(requests, 1)
 
 
-def trap_threshold(requests: list[RolloutRequest], **settings: Any) -> float:
-    return firing_threshold(write(kat(None), requests, **settings).rollouts)
+def trap_threshold(requests: list[RolloutRequest], of_teacher: bool = False, **settings: Any) -> float:
+    return firing_threshold(write(kat(None, of_teacher=of_teacher), requests, **settings).rollouts)
 
 
 def assert_same(batch: RolloutBatch, expected: RolloutBatch) -> None:
@@ -57,6 +56,7 @@ RULES: dict[str, Callable[[float], StopRule]] = {
     "kat": kat,
     "kat agreement": lambda threshold: kat(threshold, supervise="agreement"),
     "kat after": lambda threshold: kat(threshold, supervise="after"),
+    "kat of teacher": lambda threshold: kat(threshold, of_teacher=True),
     "never": lambda _: NeverRule(),
     "prefix": lambda _: PrefixRule(7),
     "random": lambda _: RandomRule(5, 2, 18),
@@ -66,23 +66,22 @@ RULES: dict[str, Callable[[float], StopRule]] = {
 
 
 @pytest.mark.parametrize(
-    ("kind", "sampling", "support"),
+    ("kind", "sampling"),
     [
-        *((kind, Sampling(), "student_top_k") for kind in RULES),
-        *((kind, FILTERED, "student_top_k") for kind in ("kat", "never", "first_of")),
-        ("kat", FILTERED, "teacher_top_k"),
+        *((kind, Sampling()) for kind in RULES),
+        *((kind, FILTERED) for kind in ("kat", "kat of teacher", "never", "first_of")),
     ],
 )
-def test_any_slots_and_chunks_give_the_same_rollouts(kind: str, sampling: Sampling, support: Support) -> None:
-    requests, usual = mixed_requests(audit_every=4), {"sampling": sampling, "support": support}
-    threshold = trap_threshold(requests, **usual)
-    expected = write(RULES[kind](threshold), requests, slots=15, chunk_tokens=5, **usual)
+def test_any_slots_and_chunks_give_the_same_rollouts(kind: str, sampling: Sampling) -> None:
+    requests = mixed_requests(audit_every=4)
+    threshold = trap_threshold(requests, of_teacher=kind == "kat of teacher", sampling=sampling)
+    expected = write(RULES[kind](threshold), requests, slots=15, chunk_tokens=5, sampling=sampling)
     assert {r.reason for r in expected.rollouts} == {"eos", "length", *RULES[kind](threshold).reasons}
     assert any(r.hole for r in expected.rollouts) == (kind == "kat after")
     for slots, chunk in SHAPES:
         for overlap in (False, True):
             sizes = {"slots": slots, "chunk_tokens": chunk, "overlap": overlap}
-            assert_same(write(RULES[kind](threshold), requests, **usual, **sizes), expected)
+            assert_same(write(RULES[kind](threshold), requests, sampling=sampling, **sizes), expected)
 
 
 def test_the_order_of_requests_does_not_matter() -> None:

@@ -81,14 +81,14 @@ def test_streamed_divergences_equal_one_full_forward(dtype: torch.dtype) -> None
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_divergences_on_the_teacher_s_top_k_equal_one_full_forward(dtype: torch.dtype, fast: bool) -> None:
     """Whatever the objective asks of the teacher's top K, it gets its own K of them, and no field more than before."""
-    pair, more = models(dtype), {"support": "teacher_top_k", "fast_decode": fast, "sampling": WARM}
+    pair, more, rule = models(dtype), {"fast_decode": fast, "sampling": WARM}, kat(None, of_teacher=True)
     plain = engine(pair, kat(None), NEITHER, sampling=WARM).generate(mixed_requests(), 2)
     far = 0.0
     for needs, top_k in ((NEITHER, None), (NEITHER | {Need.TEACHER_TOP_K}, 3), (ALL, TOP_K + 4)):
-        batch = engine(pair, kat(None), needs, teacher_top_k=top_k, **more).generate(mixed_requests(), 2)
+        batch = engine(pair, rule, needs, teacher_top_k=top_k, **more).generate(mixed_requests(), 2)
         assert ([r.response_ids for r in batch.rollouts]) == [r.response_ids for r in plain.rollouts]
         for rollout in batch.rollouts:
-            expected = full_divergences(pair, rollout, WARM.temperature, "teacher_top_k")
+            expected = full_divergences(pair, rollout, WARM.temperature, of_teacher=True)
             torch.testing.assert_close(torch.tensor(rollout.divergences, dtype=dtype), expected, rtol=0, atol=1e-4)
             far = max(far, float((expected - full_divergences(pair, rollout, WARM.temperature)).abs().max()))
         fields = engine(pair, None, needs, teacher_top_k=top_k, sampling=WARM).generate(mixed_requests(), 2).signal

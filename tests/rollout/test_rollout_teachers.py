@@ -34,7 +34,7 @@ from katds.parallel.world import start_world
 from katds.parallel.zero import load_frozen
 from katds.rollout.engine import RolloutEngine
 from katds.rollout.sampling import Sampling
-from katds.rollout.sizes import EngineSettings, Support
+from katds.rollout.sizes import EngineSettings
 
 NEEDS = frozenset({Need.SAMPLED, Need.STUDENT_TOP_K, Need.TEACHER_TOP_K, Need.WRITTEN, Need.ENTROPY})
 EOS = (5, 23, 40)
@@ -84,27 +84,27 @@ def assert_rows(batch: RolloutBatch, expected: dict[int, dict[str, torch.Tensor]
 
 
 @pytest.mark.parametrize(
-    ("stopped", "support"), [(False, "student_top_k"), (True, "student_top_k"), (True, "teacher_top_k")]
+    ("stopped", "of_teacher"), [(False, False), (True, False), (True, True)], ids=["free", "stopped", "of_teacher"]
 )
-def test_each_rollout_is_scored_by_the_teacher_of_its_prompt(stopped: bool, support: Support) -> None:
+def test_each_rollout_is_scored_by_the_teacher_of_its_prompt(stopped: bool, of_teacher: bool) -> None:
     """As written with this teacher alone, in any slots and chunks, whoever sits beside it."""
     requests = routed(mixed_requests(audit_every=4))
     teachers = [models().teacher, other_teacher()]
-    measured = write(teachers, requests, kat(None), support=support)
+    measured = write(teachers, requests, kat(None, of_teacher=of_teacher))
     threshold = firing_threshold(measured.rollouts)
 
     def rule() -> StopRule | None:
-        return kat(threshold) if stopped else None
+        return kat(threshold, of_teacher=of_teacher) if stopped else None
 
     expected, alone = {}, []
     for number, teacher in enumerate(teachers):
         own = [replace(r, prompt=replace(r.prompt, teacher=0)) for r in requests if r.prompt.teacher == number]
-        batch = write([teacher], own, rule(), support=support)
+        batch = write([teacher], own, rule())
         expected |= rows_by_rollout(batch)
         alone += facts(batch)
     assert stopped == any(fact[4] is not None for fact in alone)
     for slots, chunk, overlap in ((15, 1, False), (4, 5, False), (3, 16, True), (7, 4, True), (1, 3, False)):
-        batch = write(teachers, requests, rule(), slots=slots, chunk_tokens=chunk, overlap=overlap, support=support)
+        batch = write(teachers, requests, rule(), slots=slots, chunk_tokens=chunk, overlap=overlap)
         assert facts(batch) == sorted(alone)
         assert_rows(batch, expected)
 

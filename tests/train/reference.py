@@ -44,7 +44,7 @@ OBJECTIVE_SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "eopd_weighted": ("eopd", {"forward_weight": 0.3}),
     "reopold_first": ("reopold", {"switch": 1.0}),
     "reopold_second": ("reopold", {"switch": 0.0}),
-    "reopold_left_out": ("reopold", {"switch": 0.0, "below_floor": "left_out"}),
+    "reopold_left_out": ("reopold", {"switch": 0.0, "below_floor": "mask"}),
     "iw_opd": ("iw_opd", {}),
     "iw_opd_exclusive": ("iw_opd", {"share": "exclusive"}),
     "cross_tokenizer": ("cross_tokenizer", {}),

@@ -207,7 +207,7 @@ def test_one_tokenizer_for_both_is_allowed_and_said(tmp_path: Path) -> None:
     ("section", "change", "message"),
     [
         ("rollout", {"overlap": True}, "set rollout.overlap to false"),
-        ("rollout", {"divergence_support": "teacher_top_k"}, "would do nothing; remove it"),
+        ("stop", {"support": "teacher_top_k"}, "stop.support would do nothing; remove it"),
         ("rollout", {"top_p": 0.9}, "objective.kind cross_tokenizer is biased.*rollout.top_p to 1"),
         ("behaviour", {"kind": "trb"}, "behaviour.kind to student"),
         ("teachers", {"math": {"path": "x"}}, "teachers names math; remove them"),

@@ -76,7 +76,7 @@ def test_a_whole_run(base: Path, tmp_path: Path, way: str) -> None:
 
 def test_a_run_whose_rule_and_loss_read_the_teacher_s_top_k(base: Path, tmp_path: Path) -> None:
     folder, ranks = short_run(
-        base, tmp_path, {"kind": "kat"}, rollout={"divergence_support": "teacher_top_k"},
+        base, tmp_path, {"kind": "kat", "support": "teacher_top_k"},
         objective={"kind": "reverse_kl", "support": "teacher_top_k"},
     )  # fmt: skip
     steps = [record for record in records(folder) if "loss/total" in record]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any, ClassVar, Literal, Self
 
@@ -10,6 +9,7 @@ import torch
 from pydantic import Field
 
 from katds.core.behaviours.base import Behaviour, BehaviourSettings, Mix
+from katds.core.schedule import Schedule, progressed
 from katds.settings import Rate, Share
 
 HALVINGS = 20  # of the interval of b: its rounding is then that of float32
@@ -25,7 +25,7 @@ class BlendSettings(BehaviourSettings):
         1.0,
         description="share of the run in which the budget falls to 0; afterwards the student writes alone. Not published",
     )
-    schedule: Literal["linear", "cosine"] = Field(
+    schedule: Schedule = Field(
         "linear", description="how it falls: by equal steps, or along half a cosine; not published"
     )
 
@@ -42,27 +42,25 @@ class Blend(Behaviour):
     Args:
         budget: [nats], of step 0.
         steps: in which it falls to 0.
-        cosine: along half a cosine, not linearly.
 
     Cost: a teacher step per token besides the teacher's scoring of the chunk; some 40 passes over [S, V] per token.
     """
 
     Settings: ClassVar[type[BehaviourSettings]] = BlendSettings
 
-    def __init__(self, budget: float, steps: float, cosine: bool = False) -> None:
+    def __init__(self, budget: float, steps: float, schedule: Schedule = "linear") -> None:
         assert budget > 0 and steps >= 0, f"budget {budget}, steps {steps}"
-        self._budget, self._steps, self._cosine = budget, steps, cosine
+        self._budget, self._steps, self._schedule = budget, steps, schedule
 
     @classmethod
     def from_settings(cls, settings: Any, steps: int) -> Self:
-        return cls(settings.budget, settings.anneal * steps, settings.schedule == "cosine")
+        return cls(settings.budget, settings.anneal * steps, settings.schedule)
 
     def budget(self, step: int) -> float:
         """Of this step [nats]."""
         if step >= self._steps:
             return 0.0
-        done = step / self._steps
-        return self._budget * ((1.0 + math.cos(math.pi * done)) / 2.0 if self._cosine else 1.0 - done)
+        return self._budget * (1.0 - progressed(step / self._steps, self._schedule))
 
     def at(self, step: int) -> Mix | None:
         budget = self.budget(step)

@@ -39,8 +39,9 @@ class CrossTokenizer(Objective):
     each of n tokens.
 
     Tokens of chunks with more than 6 tokens on a side have no advantage (published). Open, and chosen here: they are left out of
-    the loss and of the count that it is divided by, as are those of chunks whose text the teacher's tokenizer cannot say; log p_i
-    is that of writing in later updates, too; a chunk that a stop rule cuts apart keeps the advantages of its first tokens.
+    the loss and of the count that it is divided by, as are those of chunks whose text the teacher's tokenizer cannot say: nothing is
+    known of them, and how many there are must not dilute the others; log p_i is that of writing in later updates, too, as an advantage
+    is in PPO; a chunk that a stop rule cuts apart keeps the advantages of its first tokens, which were written as the chunk began.
     """
 
     Settings: ClassVar[type[ObjectiveSettings]] = CrossTokenizerSettings

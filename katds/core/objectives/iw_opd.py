@@ -21,7 +21,9 @@ class IwOpdSettings(SampledSettings):
 
     kind: Literal["iw_opd"] = "iw_opd"
     reads_the_writer: ClassVar[bool] = True
-    gain: Scale = Setting(0.5, description="g: the first tokens of a rollout weigh up to 1 + g, its last token 1")
+    gain: Scale = Setting(
+        0.5, description="g: the first tokens of a rollout weigh up to 1 + g, its last token 1 (by share: inclusive)"
+    )
     share: Literal["inclusive", "exclusive"] = Setting(
         "inclusive",
         description="whether a token's own disagreement counts in its share so far: then the last token weighs 1; or else the first weighs "

@@ -27,15 +27,15 @@ class ReopoldSettings(SampledSettings):
         0.3, description="lambda: rewards are floored at log(lambda) / (1 - lambda), -1.72 for 0.3 [nats]"
     )
     switch: Share = Setting(
-        0.5, description="share of the run's steps in the first phase; the published T_switch is open"
+        0.5, description="share of the run's steps in the first phase, the paper's T_switch; not published"
     )
     entropy_share: Nucleus = Setting(
         0.2,
         description="share of a step's tokens that the second phase learns from: those of the highest student entropy",
     )
-    below_floor: Literal["floored", "left_out"] = Setting(
-        "floored",
-        description="what the second phase makes of tokens below the floor: their reward is the floor, or they are left out, as in the "
+    below_floor: Literal["clip", "mask"] = Setting(
+        "clip",
+        description="what the second phase makes of tokens below the floor: their reward is clipped there, or they are masked, as in the "
         "first, and the share is of the others; not published",
     )
 
@@ -66,7 +66,7 @@ class Reopold(Objective):
     @classmethod
     def from_settings(cls, settings: Any) -> Self:
         clip = Clip(settings.clip_low, settings.clip_high)
-        leaves_out = settings.below_floor == "left_out"
+        leaves_out = settings.below_floor == "mask"
         return cls(settings.mixture, settings.switch, settings.entropy_share, clip, leaves_out)
 
     def prepare(self, batch: RolloutBatch, progress: Progress, collective: Collective) -> dict[Field, torch.Tensor]:

@@ -29,8 +29,8 @@ class ReverseKlSettings(ObjectiveSettings):
     kind: Literal["reverse_kl"] = "reverse_kl"
     support: Literal["student_top_k", "teacher_top_k", "full"] = Setting(
         "student_top_k",
-        description="where it is computed: on the top K (rollout.divergence_top_k) of one of the two, plus a tail bucket (published, but "
-        "not whose), or on the whole vocabulary (exact)",
+        description="where it is computed: on the top K (rollout.divergence_top_k) of one of the two, plus a tail bucket (published; "
+        "whose is not published), or on the whole vocabulary (exact)",
     )
 
 

@@ -20,7 +20,8 @@ class SampledSettings(ObjectiveSettings):
 
     clip_low: Share = Setting(
         0.2,
-        description="probability ratios since writing count down to 1 - clip_low; without effect in a step's first update",
+        description="probability ratios since writing count down to 1 - clip_low; without effect in a step's first update. "
+        "DAPO's bounds; published for cross_tokenizer, not for the other methods",
     )
     clip_high: Scale = Setting(0.28, description="and up to 1 + clip_high")
 

@@ -57,8 +57,9 @@ class TopdSettings(ObjectiveSettings):
         description="entropic transport, on the device, or the exact one, pair by pair on the CPU, which moves each token to few; not "
         "published",
     )
-    iterations: Positive = Setting(
-        200, description="of solver sinkhorn; at the least regularisation, 0.05, 1% of the mass is then astray"
+    iterations: Annotated[int, Setting(ge=20)] = Setting(
+        200,
+        description="of solver sinkhorn; at the least regularisation, 0.05, 1% of the mass is then astray; not published",
     )
 
     def check(self, filtered: bool, minibatches: int, blended: bool = False) -> None:
@@ -112,15 +113,19 @@ class Topd(Objective):
     what it would have said in place of the student's; there it is no estimate of a KL at one prefix.
 
     Open, and settings or chosen here:
-    - KL(p || q) is on the student's top K and tail, as `reverse_kl`; a state's loss is its value when the rollout was written.
+    - KL(p || q) is on the student's top K and tail, the default of `reverse_kl`; a state's loss is the divergence of its token when the
+      rollout was written, which the stop rule may want on the teacher's top K (`stop.support`).
     - How many states: as many as the budget pays, the highest losses first. Each costs its prefix, prompt included, and the tokens that the
       teacher is asked for. So rollouts of any length cost alike: where they are long, it reaches for few states, and for none if not
       even the first fits. 0.76 tokens per token of the rollouts are the published cost, 1.41, by operations of the parameters, for
       a student of 1.7B and a teacher of 8B; prefixes of 330 tokens then give 0.2% of the tokens as states, of 4000 tokens 0.02%.
+    - A position's guidance is a mean over the teacher's tokens, w_ij sums to 1: how much of the plan's mass a position has is 1 / its
+      window's length, which is no measure of its importance.
     - Windows of a rollout do not overlap, so that a position is guided from one state only.
     - Settings: the teacher's input embeddings or its head, 1 - cos or the distance of unit vectors, entropic or exact transport. The order
       in the text has no part in the cost of a token.
-    - 30% is the share of surface mismatches among states, not a bound of their distance; their weight is 0.
+    - 30% is the share of surface mismatches among states, as it is published, not a bound of their distance, whose scale is the
+      embedding's; their weight is 0.
     - lambda 0.1: a guided token's gradient by the logits is of order 1, that of the reverse KL of the order of its value, some tenths.
     - A window that the longest length or a rule's cut breaks off is compared with as many tokens of the teacher. Where the student has
       ended, the teacher writes on to the horizon, or to the end of the context.

@@ -52,7 +52,8 @@ class Tropd(Objective):
     64 and the bucket, and nothing else: no reward, no trust, no part in the reported scalars. A step's loss is the mean over the student's
     N tokens plus beta times the mean over the teacher's G tokens of that step, on all ranks.
 
-    Open, and chosen here: the floor; masked tokens still count as tokens that the sum of losses is divided by; tokens of prefixes do not:
+    Open, and a setting: the floor. Open, and chosen here: masked tokens still count as tokens that the sum of losses is divided by, so that
+    a trusted token weighs the same however many others are not; tokens of prefixes do not:
     the loss on the student's own tokens is what it is without guidance, and beta weighs one mean against another, whatever part of
     the rollouts the teacher wrote. In the first steps this may be nearly all (G/N in the thousands): the student's mean is then over few
     tokens, and noisy. The learner divides by N, so a guided row has the weight beta N / G; with several minibatches N and G

@@ -45,6 +45,11 @@ class StopSettings(Section):
         """Whether `StopRule.end` may return one."""
         return False
 
+    @property
+    def reads_teacher_top_k(self) -> bool:
+        """As that of the rule."""
+        return False
+
 
 class StopRule(Protocol):
     """Decides, chunk by chunk, whether a rollout that is being written shall end.
@@ -59,6 +64,7 @@ class StopRule(Protocol):
         str, ...
     ]  # all that its cuts may give, the same on all ranks; mirrored as the metrics `stop/<reason>`
     needs_divergence: bool
+    reads_teacher_top_k: bool = False  # whether that is on the teacher's most probable tokens, not on the student's
 
     @classmethod
     def from_settings(cls, settings: Any, run: RunFacts) -> Self:

@@ -14,6 +14,7 @@ from pydantic import Field
 
 from katds.core.collective import Collective
 from katds.core.stop.base import RunFacts, StopRule, StopSettings
+from katds.core.stop.kat_settings import KatSettings
 from katds.core.types import Cut, RolloutRequest
 from katds.errors import ConfigError
 from katds.settings import ByKind, Section
@@ -51,6 +52,15 @@ class FirstOfSettings(StopSettings):
                 raise ValueError(
                     f"stop.rules[{i}] ends no rollout but leaves a hole in it; make it the only stop rule, or remove it"
                 )
+        supports = {rule.support for rule in self.rules if isinstance(rule, KatSettings)}
+        if len(supports) > 1:
+            raise ValueError(
+                f"stop.rules reads two divergences (support {' and '.join(sorted(supports))}); give one of them to all"
+            )
+
+    @property
+    def reads_teacher_top_k(self) -> bool:
+        return any(rule.reads_teacher_top_k for rule in self.rules)
 
     def contents(self) -> str:
         found = []
@@ -83,6 +93,7 @@ class FirstOfRule(StopRule):
         self.rules = list(rules)
         self.reasons = tuple(dict.fromkeys(reason for rule in rules for reason in rule.reasons))
         self.needs_divergence = any(rule.needs_divergence for rule in rules)
+        self.reads_teacher_top_k = any(rule.reads_teacher_top_k for rule in rules)
         self._winner: dict[int, int | None] = {}  # by rollout id: the place of the rule whose cut came first
 
     @classmethod

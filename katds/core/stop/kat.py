@@ -45,11 +45,12 @@ class KatRule(StopRule):
     d_t = KL(p_t || q_t) of response token t, on top 64 and a tail bucket; z_t = (d_{t-W+1} + .. + d_t) / W, for every `stride`-th t; low is
     z_t < s_k, the 1-eta quantile of the last `capacity` rollout minima min_t z_t, as it was before step k (`core.threshold`).
 
-    Open, and settings here: the stride, L0, whose minima enter (`source`), and whose 64 tokens these are (`rollout.divergence_support`):
-    by default the student's, where reverse KL has its weight and whose probabilities are known as they are written.
+    Open, and settings here: the stride, L0, whose minima enter (`source`), and whose 64 tokens these are (`support`): by
+    default the student's, where reverse KL has its weight and whose probabilities are known as they are written.
 
     The paper's ablation by stages adds the agreement stage, or what comes after it, back to the loss (`supervise`). Where that
-    stage ends is [open]: here it is the tokens of all consecutive low windows of the run that fired; one that no window ends
+    stage ends is [open]: here it is the tokens of all consecutive low windows of the run that fired, by the same threshold that found
+    its beginning; one that no window ends
     lasts to the end of the rollout. A later trap of the same rollout is left in.
 
     With several teachers [open] one threshold is the quantile of all their minima. A teacher that agrees more with the student than the
@@ -80,6 +81,7 @@ class KatRule(StopRule):
         threshold: AdaptiveThreshold,
         source: Source,
         supervise: Supervise = "before",
+        reads_teacher_top_k: bool = False,
     ) -> None:
         smallest = min(window, stride, persistence)
         assert smallest >= 1, f"window {window}, stride {stride}, persistence {persistence}: each is at least 1"
@@ -94,6 +96,7 @@ class KatRule(StopRule):
         self._threshold = threshold
         self._source = source
         self._supervise = supervise
+        self.reads_teacher_top_k = reads_teacher_top_k
         if supervise == "after":
             self.reasons = ()
         self._tracks: dict[int, _Track] = {}
@@ -107,7 +110,9 @@ class KatRule(StopRule):
         steps, source = warm_up(settings, run)
         threshold = AdaptiveThreshold(queue.eta, queue.capacity, queue.min_entries, steps)
         stride, min_kept = settings.resolved_stride, settings.resolved_min_kept
-        return cls(settings.window, stride, settings.persistence, min_kept, threshold, source, settings.supervise)
+        return cls(
+            settings.window, stride, settings.persistence, min_kept, threshold, source, settings.supervise, settings.reads_teacher_top_k
+        )  # fmt: skip
 
     def begin(self, request: RolloutRequest) -> None:
         assert request.id not in self._tracks, f"rollout {request.id} has begun already"

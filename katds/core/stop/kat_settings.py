@@ -39,6 +39,12 @@ class KatSettings(StopSettings):
     stride: Positive | None = Field(None, description="tokens between windows; not published; default W/4")
     persistence: Positive = Field(4, description="T, consecutive low windows that end a rollout")
     min_kept: Count | None = Field(None, description="L0, no cut before this token; not published; default 2W")
+    support: Literal["student_top_k", "teacher_top_k"] = Field(
+        "student_top_k",
+        description="whose most probable tokens (rollout.divergence_top_k) the divergence is on, beside a tail bucket; not published. The "
+        "student's: where reverse KL has its weight; the teacher's: the student's head is read once more per token. What else reads the "
+        "divergence of written tokens, such as topd, reads this one (the loss has objective.support)",
+    )
     supervise: Supervise = Field(
         "before",
         description="the loss reads what precedes the trap (published); ablations: agreement adds the trap, and the rollout ends with "
@@ -49,6 +55,10 @@ class KatSettings(StopSettings):
     @property
     def leaves_hole(self) -> bool:
         return self.supervise == "after"
+
+    @property
+    def reads_teacher_top_k(self) -> bool:
+        return self.support == "teacher_top_k"
 
     @property
     def resolved_stride(self) -> int:

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from katds.core import counter
 from katds.core.collective import Collective
+from katds.core.schedule import Schedule, progressed
 from katds.core.stop.base import RunFacts, StopRule, StopSettings
 from katds.core.types import Cut, RolloutRequest
 from katds.settings import Positive
@@ -31,8 +32,10 @@ class PrefixSettings(StopSettings):
     tokens: Positive = Field(1024, description="length at which every rollout ends")
     grow_from: Positive | None = Field(
         None,
-        description="length in the first step; it grows linearly to `tokens` in the last (POPD, whose own schedule we do not know); "
-        "null: no growth",
+        description="length in the first step; it grows to `tokens` in the last (POPD); null: no growth",
+    )
+    growth: Schedule = Field(
+        "linear", description="how it grows: by equal steps, or along half a cosine; not published"
     )
 
     def check(self, max_new_tokens: int, temperature: float, audit_fraction: float) -> None:
@@ -121,25 +124,28 @@ class PrefixRule(PlannedRule):
     """Ends every rollout after `tokens` tokens, and keeps them all (FastOPD, arXiv 2602.15260; ESR, arXiv 2605.27028).
 
     With `grow_from` (POPD, arXiv 2605.31490: a prefix that grows over training) the first of the run's `steps` has that
-    length and the last `tokens`. [open]: the published schedule; here it is linear.
+    length and the last `tokens`. Open, and a setting: the schedule.
     """
 
     Settings: ClassVar[type[StopSettings]] = PrefixSettings
     reasons: tuple[str, ...] = ("prefix",)
 
-    def __init__(self, tokens: int, grow_from: int | None = None, steps: int = 1) -> None:
+    def __init__(self, tokens: int, grow_from: int | None = None, steps: int = 1, growth: Schedule = "linear") -> None:
         super().__init__()
         first = tokens if grow_from is None else grow_from
         assert 1 <= first <= tokens, f"grow_from {grow_from} is not in 1 .. tokens {tokens}"
-        self._tokens, self._first, self._steps = tokens, first, steps
+        self._tokens, self._first, self._steps, self._growth = tokens, first, steps, growth
 
     @classmethod
     def from_settings(cls, settings: Any, run: RunFacts) -> Self:
-        return cls(settings.tokens, settings.grow_from, run.steps)
+        return cls(settings.tokens, settings.grow_from, run.steps, settings.growth)
 
     def length(self, request: RolloutRequest) -> int:
         """Tokens after which this rollout ends."""
-        return self._first + (self._tokens - self._first) * self.step // max(self._steps - 1, 1)
+        grown, last = self._tokens - self._first, max(self._steps - 1, 1)
+        if self._growth == "linear":  # in whole numbers
+            return self._first + grown * self.step // last
+        return self._first + round(grown * progressed(self.step / last, self._growth))
 
     def plan(self, request: RolloutRequest) -> Cut | None:
         length = self.length(request)
