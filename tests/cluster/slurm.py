@@ -61,14 +61,14 @@ def missing() -> str:
 class Slurm:
     """Runs for as long as `hosts` are open; the first of them is the controller's."""
 
-    def __init__(self, hosts: Hosts) -> None:
+    def __init__(self, hosts: Hosts, grace: int = GRACE_SECONDS) -> None:
         self._hosts, self.folder = hosts, hosts.folder / "slurm"
         (self.folder / "state").mkdir(parents=True)
         first, names = hosts.names[0], ",".join(hosts.names)
         self._config, self._key = self.folder / "slurm.conf", self.folder / "munge.key"
         self._config.write_text(
             CONFIG.format(
-                first=first, address=hosts.address(first), folder=self.folder, names=names, grace=GRACE_SECONDS,
+                first=first, address=hosts.address(first), folder=self.folder, names=names, grace=grace,
                 timeout=NODE_TIMEOUT_SECONDS, again=AGAIN_SECONDS,
             )
         )  # fmt: skip

@@ -49,8 +49,8 @@ def hosts() -> Iterator[Hosts]:
 
 
 @pytest.fixture
-def slurm(hosts: Hosts) -> Slurm:
-    return Slurm(hosts)
+def slurm(hosts: Hosts, request: pytest.FixtureRequest) -> Slurm:
+    return Slurm(hosts, getattr(request, "param", real.GRACE_SECONDS))
 
 
 @pytest.fixture(scope="module")
@@ -175,3 +175,24 @@ def test_deepspeeds_launcher(hosts: Hosts, slurm: Slurm, submit: Any, base: Path
     slurm.ask("scancel", cancelled)
     until(has_state(slurm, cancelled, "CANCELLED", Restarts="0"), slurm, tmp_path)
     until(lambda: not any("rank.py" in line for name in "ab" for line in hosts.processes(name)), slurm, tmp_path)
+
+
+@pytest.mark.parametrize("slurm", [6], indirect=True, ids=["grace"])
+def test_deepspeeds_launcher_makes_room(hosts: Hosts, slurm: Slurm, submit: Any, tmp_path: Path) -> None:
+    """Slurm's signal does not reach the ranks of a job that is preempted; when its grace is over they are gone all the same, and the job is
+    queued again."""
+    (tmp_path / "environment").write_text("DS_ACCELERATOR=cpu\nDOES=saves\n")
+    by = {"LAUNCHER": "deepspeed", "DS_ENV_FILE": str(tmp_path / "environment")}
+    job, said = submit("run", "--nodes=2", does="saves", **by), tmp_path / "log-run"
+    until(lambda: said.exists() and said.read_text().count("is here") == 2, slurm, tmp_path)
+    urgent = submit("urgent", "--partition=urgent", "--nodes=2", does="sleeps")
+    until(has_state(slurm, urgent, "RUNNING"), slurm, tmp_path)
+
+    def launched() -> list[str]:
+        return [line for name in "ab" for line in hosts.processes(name) if "deepspeed.launcher" in line]
+
+    until(lambda: not launched(), slurm, tmp_path, seconds=30)
+    until(has_state(slurm, job, "PENDING", Restarts="1"), slurm, tmp_path)
+    slurm.ask("scontrol", "hold", job)
+    slurm.ask("scancel", urgent)
+    assert "DUE TO PREEMPTION" in said.read_text()
