@@ -12,8 +12,9 @@
 #   RANKS_PER_NODE (GPUs that Slurm gives on a node)
 #   MASTER_PORT (by the job's number)
 #   LAUNCHER (srun)        srun, or deepspeed: over ssh, from the hostfile. Slurm's signals do not reach ranks that ssh has
-#                          started, so that a preemption then costs the steps since the last checkpoint (they are gone when its grace is over); and of all hosts' exit codes
-#                          the largest counts: a crash (1) beside hosts that miss it (69) is tried LOSSES times
+#                          started, so that a preemption then costs the steps since the last checkpoint (the ranks are gone when its
+#                          grace is over); and of all hosts' exit codes the largest counts: a crash (1) beside hosts that miss it (69)
+#                          is tried LOSSES times
 #   HOSTFILE (runs/hostfile-JOB)   where the allocation is written, "HOST slots=RANKS" a line
 #   LOSSES (10)            how often the job is queued again because nodes were lost that Slurm still has, or after less than ten minutes;
 #                          counted in HOSTFILE.losses. If Slurm itself finds a node down, it queues the job again, uncounted
