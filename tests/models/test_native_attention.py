@@ -110,10 +110,12 @@ def test_any_layout_in_memory(layout: str) -> None:
         torch.testing.assert_close(packed(*tensors[:3], 0.2, 9), packed(*whole[:3], 0.2, 9), rtol=0, atol=1e-6)
 
 
-def test_threads_change_no_bit() -> None:
-    tensors, before, found = numbers(4, 2, 32, "heads first"), torch.get_num_threads(), []
+@pytest.mark.parametrize("shape", SHAPES)
+def test_threads_change_no_bit(shape: tuple[int, int, int]) -> None:
+    """Nor who does what: twice with each number."""
+    tensors, before, found = numbers(*shape, "heads first"), torch.get_num_threads(), []
     try:
-        for threads in (1, 2, 3):
+        for threads in (1, 2, 3, 1, 2, 3):
             torch.set_num_threads(threads)
             found.append(results(packed, tensors, 0.2, None))
     finally:

@@ -201,6 +201,7 @@ static void work(void *given) {
     const Attention *a = w->attention;
     const int64_t thread = __atomic_fetch_add(&w->threads, 1, __ATOMIC_RELAXED), share = a->heads / a->kv_heads;
     float *scores = a->work + thread * scores_floats(a, a->grad_out != NULL);
+    const int before = a->product_threads ? a->product_threads(1) : 0;
     for (int64_t unit; (unit = __atomic_fetch_add(&w->begun, 1, __ATOMIC_RELAXED)) < a->count * a->kv_heads;) {
         const Run *run = a->runs + unit / a->kv_heads;
         const int64_t kv = unit % a->kv_heads, first = kv * share;
@@ -210,6 +211,7 @@ static void work(void *given) {
             for (int64_t head = first; head < first + share; head++)
                 (a->grad_out ? backward : forward)(a, run, head, scores);
     }
+    if (a->product_threads) a->product_threads(before);
 }
 
 static int worth_threads(const Attention *a) {

@@ -25,7 +25,7 @@ class _Attention(ctypes.Structure):
         *(
             (n, ctypes.c_void_p)
             for n in (
-                "sgemm", "parallel", "query", "key", "value", "out", "logsum", "grad_out", "grad_query", "grad_key",
+                "sgemm", "parallel", "product_threads", "query", "key", "value", "out", "logsum", "grad_out", "grad_query", "grad_key",
                 "grad_value", "work", "runs",
             )
         ),
@@ -149,11 +149,12 @@ def _call(
     assert q.shape[-1] == k.shape[-1] == v.shape[-1], (
         f"heads of {q.shape[-1]}, {k.shape[-1]} and {v.shape[-1]} dimensions"
     )
-    blas, parallel = functions()
+    blas, parallel, product_threads = functions()
     place = [x.stride(-3) if x.dim() == 3 else x.stride(0) for x in (k, v)]
     longest, threads = int((runs[:, 1] + runs[:, 3]).max()), torch.get_num_threads()
     attention = _Attention(
-        sgemm=blas, parallel=parallel, query=q.data_ptr(), key=k.data_ptr(), value=v.data_ptr(), runs=runs.data_ptr(),
+        sgemm=blas, parallel=parallel, product_threads=product_threads,
+        query=q.data_ptr(), key=k.data_ptr(), value=v.data_ptr(), runs=runs.data_ptr(),
         query_token=q.stride(0), query_head=q.stride(1), key_place=place[0], key_token=k.stride(-3),
         key_head=k.stride(-2), value_place=place[1], value_token=v.stride(-3), value_head=v.stride(-2),
         count=len(runs), heads=q.shape[1], kv_heads=k.shape[-2], dim=q.shape[2], window=window or 0, longest=longest,

@@ -42,8 +42,9 @@ def library() -> ctypes.CDLL:
 
 
 @cache
-def functions() -> tuple[int, int]:
-    """Addresses of the matrix product in the BLAS that PyTorch brings along, and of its threads' GOMP_parallel or 0."""
+def functions() -> tuple[int, int, int]:
+    """Addresses of the matrix product in the BLAS that PyTorch brings along, of its threads' GOMP_parallel, and of what says how many
+    threads a product is cut up for; 0 for the last two where there is none."""
     if sys.byteorder != "little":  # see sgemm_fn of common.h
         raise Unavailable("the machine is big-endian")
     try:
@@ -51,9 +52,9 @@ def functions() -> tuple[int, int]:
         product = torch_cpu.sgemm_
     except (OSError, AttributeError):
         raise Unavailable("PyTorch's BLAS cannot be reached") from None
-    parallel = getattr(torch_cpu, "GOMP_parallel", None)
-    addresses = (ctypes.cast(f, ctypes.c_void_p).value or 0 if f else 0 for f in (product, parallel))
-    return next(addresses), next(addresses)
+    others = (getattr(torch_cpu, name, None) for name in ("GOMP_parallel", "MKL_Set_Num_Threads_Local"))
+    addresses = [ctypes.cast(f, ctypes.c_void_p).value or 0 if f else 0 for f in (product, *others)]
+    return addresses[0], addresses[1], addresses[2]
 
 
 @cache

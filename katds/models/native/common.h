@@ -31,6 +31,10 @@ typedef void (*sgemm_fn)(const char *, const char *, const int64_t *, const int6
 /* GOMP_parallel of the OpenMP library that PyTorch runs on: calls the function in so many threads, waits for them. */
 typedef void (*parallel_fn)(void (*)(void *), void *, unsigned, unsigned);
 
+/* Sets how many threads the calling thread's matrix products are cut up for; returns how many it was. MKL cuts by the number that it is
+ * told, which PyTorch tells its main thread alone, also where all are busy: a product would depend on who makes it. */
+typedef int (*product_threads_fn)(int);
+
 /* `queries` successive tokens from `first` on; the one at `first` has `position` keys before it. */
 typedef struct {
     int64_t first, queries, place, position; /* place: where key 0 lies, in units of key_place and value_place */
@@ -39,6 +43,7 @@ typedef struct {
 typedef struct {
     sgemm_fn sgemm;
     parallel_fn parallel; /* NULL: one thread */
+    product_threads_fn product_threads; /* NULL: there is nothing to set */
     const float *query, *key, *value;
     float *out, *logsum; /* logsum [tokens, heads], log of the sum of the scores' exponentials; NULL: not asked for */
     const float *grad_out;

@@ -23,6 +23,7 @@ typedef struct {
 typedef struct {
     sgemm_fn sgemm;
     parallel_fn parallel; /* NULL: one thread */
+    product_threads_fn product_threads;
     const float *embedding, *norm;
     const float *cosine, *sine; /* [length, dim] */
     int64_t layers, hidden, heads, kv_heads, dim, inner;
@@ -41,7 +42,8 @@ typedef struct {
 static int64_t tile_of(int64_t n) { return n < TILE ? n : TILE; }
 
 static Attention attention_of(const Model *m) {
-    return (Attention){.sgemm = m->sgemm, .parallel = m->parallel, .query_token = m->heads * m->dim, .query_head = m->dim,
+    return (Attention){.sgemm = m->sgemm, .parallel = m->parallel, .product_threads = m->product_threads,
+                       .query_token = m->heads * m->dim, .query_head = m->dim,
                        .key_place = m->kv_heads * m->length * m->dim, .key_token = m->dim, .key_head = m->length * m->dim,
                        .value_place = m->kv_heads * m->length * m->dim, .value_token = m->dim,
                        .value_head = m->length * m->dim, .heads = m->heads, .kv_heads = m->kv_heads, .dim = m->dim,

@@ -40,7 +40,10 @@ class _Layer(ctypes.Structure):
 
 class _Model(ctypes.Structure):
     _fields_ = [
-        *((n, ctypes.c_void_p) for n in ("sgemm", "parallel", "embedding", "norm", "cosine", "sine")),
+        *(
+            (n, ctypes.c_void_p)
+            for n in ("sgemm", "parallel", "product_threads", "embedding", "norm", "cosine", "sine")
+        ),
         *((n, ctypes.c_int64) for n in ("layers", "hidden", "heads", "kv_heads", "dim", "inner", "tokens")),
         *((n, ctypes.c_int64) for n in ("slots", "length", "threads")),
         ("eps", ctypes.c_float),
