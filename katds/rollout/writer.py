@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Protocol
@@ -91,14 +91,18 @@ class TeacherPen:
 
     def embed(self, ids: torch.Tensor, output: bool = False) -> torch.Tensor:
         """Collective unless the teacher is kept whole: see `Pen.embed`. The table is gathered for the call."""
-        with ExitStack() as lent, torch.no_grad():
-            weight = (
-                lent.enter_context(self.teacher.head_weight())[0]
-                if output
-                else lent.enter_context(self.teacher.embedding_weight())
-            )
+        with self._table(output) as weight, torch.no_grad():
             rows = torch.nn.functional.embedding(ids.to(weight.device).long(), weight)
             return rows.float().to(ids.device)
+
+    @contextmanager
+    def _table(self, output: bool) -> Iterator[torch.Tensor]:
+        if not output:
+            with self.teacher.embedding_weight() as weight:
+                yield weight
+            return
+        with self.teacher.head_weight() as (weight, _):
+            yield weight
 
 
 def continuations(prefixes: Sequence[bytes], tokens: Sequence[int], context: int) -> list[RolloutRequest]:
