@@ -181,10 +181,10 @@ def make_root(root: Path) -> dict[str, str]:
     )
     assert done.returncode == 0, done.stdout[-3000:]
     shutil.copy("/etc/resolv.conf", root / "etc/resolv.conf")
-    for certificate in Path("/usr/local/share/ca-certificates").glob(
-        "**/*.crt"
-    ):  # which ca-certificates adds to its own
-        shutil.copy(certificate, root / "usr/local/share/ca-certificates")
+    own = root / "usr/local/share/ca-certificates"  # which the package ca-certificates adds to its own
+    own.mkdir(parents=True)
+    for certificate in Path("/usr/local/share/ca-certificates").glob("**/*.crt"):
+        shutil.copy(certificate, own)
     (root / "etc/pip.conf").write_text("[global]\ncert = /etc/ssl/certs/ca-certificates.crt\n")
     (torch,) = re.findall("^torch==.*$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     wheels = root / "index/torch"
