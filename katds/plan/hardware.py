@@ -30,6 +30,7 @@ class Profile:
         overlaps: weights are gathered while others are multiplied with.
         host_memory: of a node, bytes; 0: unknown. Its devices share it, and host_bandwidth, at which it is read or written.
         host_link: between a device and its host, in one direction, while all devices use theirs. disk: of a node, read or written.
+        measured_ranks, measured_nodes: that it was measured on; 0: it was not.
     """
 
     name: str
@@ -48,6 +49,20 @@ class Profile:
     host_bandwidth: float = 2e11
     host_link: float = 2e10
     disk: float = 5e9
+    measured_ranks: int = 0
+    measured_nodes: int = 0
+
+    def unmeasured(self, ranks: int) -> list[str]:
+        """What a measured profile says nothing of, on so many ranks."""
+        if self.measured_ranks == 1 and ranks > 1:
+            return [
+                "warning: the profile was measured on one rank, so that moving between ranks costs no time here; measure under the launcher"
+            ]
+        if self.measured_nodes == 1 and ranks > self.devices:
+            return [
+                "warning: the profile was measured on one node, whose links are taken for those between nodes; measure on two"
+            ]
+        return []
 
     @property
     def usable(self) -> int:

@@ -59,7 +59,7 @@ def measure() -> Profile:
     return Profile(
         name, kind, _memory(device, devices), flops, bandwidth, devices, inside, inside, latency, slowest(lambda: _sample(device)),
         kind == "cuda", f"measured on {collective.size} ranks, torch {torch.__version__}; disks are assumed", _host_memory(),
-        host_bandwidth, link,
+        host_bandwidth, link, measured_ranks=collective.size, measured_nodes=nodes,
     )  # fmt: skip
 
 

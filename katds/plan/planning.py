@@ -63,7 +63,7 @@ def make_plan(recipe: Recipe, profile: Profile, wishes: Wishes) -> Plan:
     sources = [
         f"device: {profile.source}; {profile.devices} per node", f"prompts: {job.prompts.source}",
         *(f"lengths, {name}: {_source(each, recipe)}" for name, each in lengths.items()), *_host(job, profile),
-        *left_out(job),
+        *left_out(job), *profile.unmeasured(max([wishes.ranks, *(each.ranks for each in times)])),
     ]  # fmt: skip
     return Plan(
         job, profile, found, shortfalls(job, found, profile), advice(job, profile), simulate(job, profile, *job.drawn), scaling,

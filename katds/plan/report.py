@@ -162,14 +162,23 @@ def _scaling(plan: Plan) -> list[str]:
     by = {(s.ranks, s.name): s for s in plan.scenarios}
     rows: list[tuple[str, ...]] = [
         ("ranks", "rollouts", "draws", *(cell for name in names for cell in (f"{name} [s]", "", "waiting")),
-         *(["ratio", ""] if len(names) > 1 else [])),
+         *(["ratio", ""] if len(names) > 1 else []), ""),
     ]  # fmt: skip
     for ranks in dict.fromkeys(scenario.ranks for scenario in plan.scenarios):
         own = [by[ranks, name] for name in names]
         cells = [cell for s in own for cell in (f"{s.total:.3g}", _spread(s.seconds), f"{s.waiting:.0%}")]
         # Of many steps together: the mean of their ratios would be larger.
         ratio = (f"{own[-1].total / own[0].total:.2f}", _spread(ratios(own[-1], own[0]))) if len(own) > 1 else ()
-        rows.append((str(ranks), str(own[0].rollouts), str(len(own[0].times)), *cells, *ratio))
+        rows.append(
+            (
+                str(ranks),
+                str(own[0].rollouts),
+                str(len(own[0].times)),
+                *cells,
+                *ratio,
+                "" if all(s.fits for s in own) else "does not fit",
+            )
+        )
     title = f"simulated steps, {plan.scaling}; means over draws (lowest .. highest)"
     return [title, *aligned(rows, ">" * len(rows[0])), ""]
 

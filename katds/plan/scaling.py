@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from katds.plan.advise import shortfalls
 from katds.plan.hardware import Profile
 from katds.plan.job import Job
 from katds.plan.lengths import Lengths
+from katds.plan.memory import memory
 from katds.plan.refusal import refusal
 from katds.plan.simulate import simulate
 from katds.plan.step_time import StepTime
@@ -21,12 +23,13 @@ ROLLOUTS, FEWEST, MOST = 16_384, 3, 16
 
 @dataclass(frozen=True)
 class Scenario:
-    """Simulated steps on so many ranks, of `rollouts` each; `name` says which lengths."""
+    """Simulated steps on so many ranks, of `rollouts` each; `name` says which lengths, `fits` whether there is memory for them."""
 
     name: str
     ranks: int
     rollouts: int
     times: Sequence[StepTime]
+    fits: bool
 
     @property
     def seconds(self) -> list[float]:
@@ -47,7 +50,7 @@ class Scenario:
         phases = list(dict.fromkeys(phase for time in self.times for phase in time.seconds))
         return {
             "lengths": self.name, "ranks": self.ranks, "rollouts": self.rollouts, "draws": self.seconds,
-            "total": self.total, "waiting": self.waiting,
+            "total": self.total, "waiting": self.waiting, "fits": self.fits,
             "seconds": {p: statistics.fmean(time.seconds.get(p, 0.0) for time in self.times) for p in phases},
         }  # fmt: skip
 
@@ -71,7 +74,8 @@ def _scenario(job: Job, profile: Profile, name: str, lengths: Lengths, ranks: in
     other = job.on(ranks).with_settings("rollout", prompts_per_step=prompts)
     draws = min(MOST, max(FEWEST, ROLLOUTS // other.per_step))
     times = [simulate(other, profile, *other.draw(lengths, seed=ranks * MOST + i)) for i in range(draws)]
-    return Scenario(name, ranks, other.per_step, times)
+    fits = not shortfalls(other, memory(other), profile)
+    return Scenario(name, ranks, other.per_step, times, fits)
 
 
 def ratios(longer: Scenario, shorter: Scenario) -> list[float]:

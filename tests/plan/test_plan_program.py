@@ -23,6 +23,7 @@ from katds.plan.memory import memory
 from katds.plan.planning import Wishes, make_job, make_plan
 from katds.plan.reach import _one, reach
 from katds.plan.report import Plan, as_json
+from katds.plan.report import text as text_of
 from katds.plan.scaling import MOST
 from launch import plan as program
 
@@ -174,6 +175,35 @@ def test_recorded_lengths(small: Recipe, tmp_path: Path) -> None:
     assert [s.name for s in late.scenarios] == ["with the rule", "without"]
 
 
+def test_a_measured_profile_says_of_what_it_knows_nothing(small: Recipe, tmp_path: Path) -> None:
+    measured = replace(GPUS["h100"], measured_ranks=8, measured_nodes=1)
+    for profile, ranks, told in (
+        (GPUS["h100"], 16, None), (measured, 8, None), (measured, 16, "measured on one node"),
+        (replace(measured, measured_nodes=2), 16, None), (replace(measured, measured_ranks=1), 2, "measured on one rank"),
+    ):  # fmt: skip
+        warnings = [
+            source for source in make_plan(small, profile, Wishes(ranks)).sources if source.startswith("warning")
+        ]
+        assert len(warnings) == (told is not None) and all(told in each for each in warnings)
+
+
+def test_sizes_that_do_not_fit_are_marked(small: Recipe, tmp_path: Path) -> None:
+    """A device that has room for a share of the states, and not for the whole of them."""
+    line = {"step": 0, "lengths": [12] * 4, "kept": [12] * 4, "reasons": ["length"] * 4}
+    (tmp_path / FILE).write_text(json.dumps(line) + "\n")
+    roomy = replace(GPUS["h100"], device="cpu")
+    job, samples = make_plan(small, roomy, Wishes(4, tmp_path, scales=(4,))).job, small.rollout.samples_per_prompt
+    sizes = (job.on(n).with_settings("rollout", prompts_per_step=job.rollouts * n // samples) for n in (1, 4))
+    whole, part = (memory(each).peak((*ROLLOUT, *LEARN))[0] for each in sizes)
+    assert part < whole
+    plan = make_plan(small, replace(roomy, memory=(whole + part) // 2), Wishes(4, tmp_path, scales=(1, 4)))
+    assert [(s.ranks, s.fits) for s in plan.scenarios] == [(1, False), (4, True)]
+    assert [s["fits"] for s in as_json(plan)["scenarios"]] == [False, True]
+    assert [
+        line.endswith("does not fit") for line in text_of(plan).splitlines() if line.lstrip()[:2] in ("1 ", "4 ")
+    ] == [True, False]
+
+
 def test_what_a_run_would_refuse_is_refused(small: Recipe) -> None:
     def with_ranks(ranks: int, gpus_per_node: int = 8, **sections: Any) -> Plan:
         recipe = Recipe.model_validate(merge(small.model_dump(mode="json"), sections))
@@ -296,7 +326,7 @@ def test_measures_this_machine(
     file = tmp_path / "machine.json"
     run_ranks(2, _measured, file)
     profile = read_profile(file)
-    assert profile.device == "cpu" and profile.devices == 2
+    assert profile.device == "cpu" and profile.devices == profile.measured_ranks == 2 and profile.measured_nodes == 1
     assert 1e8 < profile.flops < 1e13 and 1e8 < profile.bandwidth < 1e12 and 1e6 < profile.inside < 1e12
     text = run(monkeypatch, capsys, "--config", str(recipe_file), "--gpus", "2", "--profile", str(file))
     assert "measured on 2 ranks" in text
