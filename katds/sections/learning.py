@@ -106,7 +106,7 @@ class TrainConfig(Section):
     steps: Positive | None = Field(None, description="steps to train; default: as many as `epochs` need")
     epochs: Rate = Field(3.0, description="passes over the prompts, where steps is not given")
     minibatches: Positive = Field(
-        1, description="optimizer steps per rollout step; rollouts are dealt to them by id (published: 4)"
+        1, description="optimizer steps per rollout step; rollouts are dealt to them by id (the paper's is inferred: 4)"
     )
     micro_batch_tokens: Positive = Field(16384, description="tokens of one packed forward on one rank")
     sequence_parallel: Positive = Field(

@@ -38,6 +38,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "kat": KAT,
     "kat agreement": KAT | {"supervise": "agreement"},
     "kat after": KAT | {"supervise": "after"},
+    "kat of teacher": KAT | {"support": "teacher_top_k"},
     "prefix": {"tokens": 20},
     "prefix growing": {"tokens": 40, "grow_from": 5},
     "random": {"max_tokens": 50},
@@ -58,7 +59,9 @@ def make(case: str) -> StopRule:
     kind = case.split()[0]
     section = TypeAdapter(StopConfig).validate_python(WAYS.get(case, {}) | {"kind": kind})
     section.check(LONGEST, 1.0, 0.25)
-    return STOP_RULES[kind].from_settings(section, RunFacts(11, STEPS, 16, 1, 0.25))
+    rule = STOP_RULES[kind].from_settings(section, RunFacts(11, STEPS, 16, 1, 0.25))
+    assert rule.needs_divergence == section.reads_divergence and rule.reads_teacher_top_k == section.reads_teacher_top_k
+    return rule
 
 
 def requests_of(step: int) -> list[RolloutRequest]:

@@ -93,6 +93,8 @@ def test_a_resumed_prefix_has_the_length_of_its_step() -> None:
 
 
 def test_a_prefix_that_would_shrink_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"stop.growth is cosine, but stop.grow_from is null"):
+        PrefixSettings(tokens=8, growth="cosine").check(100, 1.0, 0.0)
     with pytest.raises(ValueError, match=r"stop.grow_from 9 is longer than stop.tokens 8"):
         PrefixSettings(tokens=8, grow_from=9).check(100, 1.0, 0.0)
 

@@ -46,6 +46,11 @@ class StopSettings(Section):
         return False
 
     @property
+    def reads_divergence(self) -> bool:
+        """As the rule's `needs_divergence`."""
+        return False
+
+    @property
     def reads_teacher_top_k(self) -> bool:
         """As that of the rule."""
         return False

@@ -14,7 +14,6 @@ from pydantic import Field
 
 from katds.core.collective import Collective
 from katds.core.stop.base import RunFacts, StopRule, StopSettings
-from katds.core.stop.kat_settings import KatSettings
 from katds.core.types import Cut, RolloutRequest
 from katds.errors import ConfigError
 from katds.settings import ByKind, Section
@@ -52,11 +51,19 @@ class FirstOfSettings(StopSettings):
                 raise ValueError(
                     f"stop.rules[{i}] ends no rollout but leaves a hole in it; make it the only stop rule, or remove it"
                 )
-        supports = {rule.support for rule in self.rules if isinstance(rule, KatSettings)}
+        supports = {
+            "teacher_top_k" if rule.reads_teacher_top_k else "student_top_k"
+            for rule in self.rules
+            if rule.reads_divergence
+        }
         if len(supports) > 1:
             raise ValueError(
                 f"stop.rules reads two divergences (support {' and '.join(sorted(supports))}); give one of them to all"
             )
+
+    @property
+    def reads_divergence(self) -> bool:
+        return any(rule.reads_divergence for rule in self.rules)
 
     @property
     def reads_teacher_top_k(self) -> bool:

@@ -50,17 +50,16 @@ class KatRule(StopRule):
 
     The paper's ablation by stages adds the agreement stage, or what comes after it, back to the loss (`supervise`). Where that
     stage ends is [open]: here it is the tokens of all consecutive low windows of the run that fired, by the same threshold that found
-    its beginning; one that no window ends
-    lasts to the end of the rollout. A later trap of the same rollout is left in.
+    its beginning; one that no window ends lasts to the end of the rollout. A later trap of the same rollout is left in.
 
-    With several teachers [open] one threshold is the quantile of all their minima. A teacher that agrees more with the student than the
-    others has more of its rollouts ended, and the threshold follows the mixture of prompts; a queue for each would be the other choice.
+    With several teachers [open] one threshold is the quantile of all their minima: one queue fills sooner than each of several. A teacher
+    that agrees more with the student than the others has more of its rollouts ended, and the threshold follows the mixture of prompts.
 
     Args:
         window: W, tokens per window.
         stride: tokens between two windows.
         persistence: T, consecutive low windows that fire.
-        min_kept: L0; a window that starts before this token is never low.
+        min_kept: L0; a window that starts before this token is never low, as KL falls naturally there: such a run of windows is no trap.
         threshold: s; a window is low if its mean is smaller. None: no window is.
         source: whose minima feed the threshold: `audit` rollouts only, `completed` (all that this rule did not end),
             or `all`.

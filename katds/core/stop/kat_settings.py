@@ -57,6 +57,10 @@ class KatSettings(StopSettings):
         return self.supervise == "after"
 
     @property
+    def reads_divergence(self) -> bool:
+        return True
+
+    @property
     def reads_teacher_top_k(self) -> bool:
         return self.support == "teacher_top_k"
 

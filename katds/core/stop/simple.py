@@ -43,6 +43,10 @@ class PrefixSettings(StopSettings):
             raise ValueError(
                 f"stop.tokens {self.tokens} is longer than rollout.max_new_tokens {max_new_tokens}; lower stop.tokens"
             )
+        if self.grow_from is None and self.growth != "linear":
+            raise ValueError(
+                f"stop.growth is {self.growth}, but stop.grow_from is null: nothing grows; give stop.grow_from"
+            )
         if self.grow_from is not None and self.grow_from > self.tokens:
             raise ValueError(
                 f"stop.grow_from {self.grow_from} is longer than stop.tokens {self.tokens}, where growth ends; lower stop.grow_from"
@@ -53,8 +57,8 @@ class RandomSettings(StopSettings):
     """Every rollout ends at a random length: the control for saved tokens."""
 
     kind: Literal["random"] = "random"
-    min_tokens: Positive = Field(1, description="shortest cut")
-    max_tokens: Positive = Field(4096, description="longest cut; lengths are uniform in between")
+    min_tokens: Positive = Field(1, description="shortest cut; not published")
+    max_tokens: Positive = Field(4096, description="longest cut; lengths are uniform in between; not published")
 
     def check(self, max_new_tokens: int, temperature: float, audit_fraction: float) -> None:
         if self.min_tokens > self.max_tokens:
@@ -70,7 +74,7 @@ class RandomSettings(StopSettings):
 
 
 class NeverRule(StopRule):
-    """Plain on-policy distillation: every rollout runs to its end."""
+    """Plain on-policy distillation (GKD, arXiv 2306.13649, on the student's own text): every rollout runs to its end."""
 
     Settings: ClassVar[type[StopSettings]] = NeverSettings
     reasons: tuple[str, ...] = ()
@@ -153,7 +157,8 @@ class PrefixRule(PlannedRule):
 
 
 class RandomRule(PrefixRule):
-    """Ends every rollout at its own length, uniform in `min_tokens` .. `max_tokens`: a hash of (seed, rollout id)."""
+    """Ends every rollout at its own length, uniform in `min_tokens` .. `max_tokens`: a hash of (seed, rollout id). The random control of
+    KAT's paper (arXiv 2606.09471), whose lengths are not published."""
 
     Settings: ClassVar[type[StopSettings]] = RandomSettings
     reasons: tuple[str, ...] = ("random",)
