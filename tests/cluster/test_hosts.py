@@ -45,6 +45,19 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return shared_folder(tmp_path_factory)
 
 
+def assert_all_know_of_c(logs: dict[str, Path], folder: Path) -> None:
+    """The last line of each host's rank."""
+    for rank, host in enumerate("abc"):
+        gone = "host c (rank 2)" if rank < 2 else "host a (rank 0), which leads the run,"
+        text = logs[host].read_text()
+        since = rf"{re.escape(gone)} has been silent since [\d:]+ \(\d+ s\): .*exit code {EXIT_CODE}"
+        (said,) = re.findall(rf"^error on host {host} \(rank {rank}\): {since}.*$", text, re.MULTILINE)
+        assert f"--run.resume auto: it goes on from the newest checkpoint in {folder}/run/checkpoints" in said, text[
+            -2000:
+        ]
+    assert not (folder / "run/final").exists(), "it was over before the link was down"
+
+
 @pytest.fixture
 def launch(hosts: Hosts, tmp_path: Path) -> Any:
     """The command line of a launcher, and what it needs beside it."""
@@ -211,41 +224,42 @@ def until_checkpoint(folder: Path, launchers: list[subprocess.Popen[str]], secon
         time.sleep(0.02)
 
 
-def last_line(text: str) -> str:
-    return text.rstrip().rpartition("\n")[2]
-
-
-def nothing_runs(hosts: Hosts, names: str, within: float) -> bool:
+def nothing_runs(hosts: Hosts, names: str, within: float, command: str = "") -> bool:
+    """Nor with `command` in its command line."""
     deadline = time.monotonic() + within
-    while any(hosts.processes(name) for name in names):
+    while any(command in line for name in names for line in hosts.processes(name)):
         if time.monotonic() > deadline:
             return False
         time.sleep(0.2)
     return True
 
 
+@pytest.mark.parametrize("kind", ["deepspeed", "torchrun"])
 def test_a_host_that_vanishes_ends_the_run_which_goes_on_without_it(
-    hosts: Hosts, launch: Any, base: Path, tmp_path: Path
+    hosts: Hosts, launch: Any, base: Path, tmp_path: Path, kind: str
 ) -> None:
-    """`deepspeed --hostfile`, and the last of three hosts."""
+    """The last of three hosts. (Its own torchrun waits minutes for the store on host a.)"""
     recipe = losing_recipe(base, tmp_path)
-    (launcher,) = launch("deepspeed", {"a": 1, "b": 1, "c": 1}, recipe, "log")
-    until_checkpoint(tmp_path, [launcher])
+    launchers = launch(kind, {"a": 1, "b": 1, "c": 1}, recipe, "log")
+    until_checkpoint(tmp_path, launchers)
     hosts.unplug("c")
     try:
-        assert end([launcher], within=10 * LOST_AFTER)[0] != 0, told(tmp_path)
+        if kind == "torchrun":
+            assert all(end(launchers[:2], within=20 * LOST_AFTER)), told(tmp_path)
+            assert nothing_runs(hosts, "c", within=2 * LOST_AFTER, command="-u launch/train.py"), hosts.processes("c")
+            hosts.kill("c")
+        else:
+            assert end(launchers, within=10 * LOST_AFTER)[0] != 0, told(tmp_path)
         assert nothing_runs(hosts, "abc", within=2 * LOST_AFTER), [hosts.processes(name) for name in "abc"]
     finally:
         hosts.plug_in("c")
+    pattern = "*_rank{rank}.log" if kind == "deepspeed" else "**/0/stderr.log"
+    logs = {}
     for rank, host in enumerate("abc"):
-        (log,) = (tmp_path / "log").glob(f"*_rank{rank}.log")
-        gone = "host c (rank 2)" if rank < 2 else "host a (rank 0), which leads the run,"
-        said = last_line(log.read_text())
-        since = rf"{re.escape(gone)} has been silent since [\d:]+ \(\d+ s\): .*exit code {EXIT_CODE}"
-        assert re.match(rf"error on host {host} \(rank {rank}\): {since}", said), log.read_text()[-2000:]
-        assert f"--run.resume auto: it goes on from the newest checkpoint in {tmp_path}/run/checkpoints" in said
-    assert not (tmp_path / "run/final").exists(), "it was over before the link was down"
-    assert not any(end(launch("deepspeed", {"a": 1, "b": 1}, recipe, "log-again"), within=800)), told(tmp_path)
+        found = list((tmp_path / "log").glob(pattern.format(rank=rank)))
+        logs[host] = next(log for log in found if f"error on host {host} " in log.read_text())
+    assert_all_know_of_c(logs, tmp_path)
+    assert not any(end(launch(kind, {"a": 1, "b": 1}, recipe, "log-again"), within=800)), told(tmp_path)
     assert_is_alike(base, tmp_path / "run", 2)
 
 
