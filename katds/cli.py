@@ -131,10 +131,10 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     except Exception:
         sys.excepthook(*sys.exc_info())
         code = 1
-    _end_process(code)
+    end_process(code)
 
 
-def _end_process(code: int) -> NoReturn:
+def end_process(code: int) -> NoReturn:
     """What Python does at exit, up to but without the teardown of the interpreter.
 
     gloo's worker threads outlive `destroy_process_group`, since DeepSpeed's parameters hold the groups. A worker gives the

@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def keep_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
     """A program's end must not be that of the tests; tests/parallel/test_world.py looks at how programs end."""
-    monkeypatch.setattr("katds.cli._end_process", sys.exit)
+    monkeypatch.setattr("katds.cli.end_process", sys.exit)
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from katds import cli, telling
 from katds.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
-END = cli._end_process  # the tests' own is another
+END = cli.end_process  # the tests' own is another
 
 
 def ranks(folder: Path, size: int, main: Callable[[int], None], per_host: int | None = None) -> list[tuple[int, str]]:
@@ -40,7 +40,7 @@ def _rank(rank: int, size: int, per_host: int, log: Path, main: Callable[[int], 
     sys.stderr = os.fdopen(2, "w")
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank % per_host), "WORLD_SIZE": str(size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(log.parent)}  # of this start
-    cli._end_process = END
+    cli.end_process = END
     cli.run_main(lambda: main(rank))
 
 

@@ -35,10 +35,12 @@ def _child(rank: int, ranks: int, port: int, folder: str, function: Callable[...
         os.environ["DS_ACCELERATOR"] = "cpu"
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     result = function(*args)
+    from katds.cli import end_process
     from katds.parallel.world import stop_world
 
     stop_world()
     torch.save(result, Path(folder) / f"{rank}.pt")
+    end_process(0)
 
 
 def _free_port() -> int:

@@ -26,7 +26,7 @@ from katds.parallel.heartbeat import EXIT_CODE
 from katds.parallel.ledger import Ledger, named
 from katds.parallel.world import start_world
 
-END = cli._end_process  # the tests' own is another
+END = cli.end_process  # the tests' own is another
 NAMES = {
     "ctypes": ctypes,
     "os": os,
@@ -77,7 +77,7 @@ class Ranks:
             "RANK": str(rank), "WORLD_SIZE": str(len(hosts)), "LOCAL_RANK": str(hosts[:rank].count(hosts[rank])),
             "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.port),
         }  # fmt: skip
-        cli._end_process = END
+        cli.end_process = END
         meet = world_module.meet
 
         def join(timeout: float) -> Any:

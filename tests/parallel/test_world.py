@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import math
 import os
 import pickle
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -260,6 +262,25 @@ def test_a_program_ends_with_its_own_code(tmp_path: Path) -> None:
         out, err = program.communicate(timeout=120)
         assert (program.returncode, out) == (code, "main\natexit\n"), err
         assert said in err and bool(said) == bool(err)
+
+
+class Torn:
+    """Ends the process where Python's teardown reaches it."""
+
+    def __del__(self, abort: Callable[[], None] = os.abort) -> None:
+        abort()
+
+
+def cannot_be_torn_down(folder: Path) -> str:
+    start_world()
+    sys.held = Torn()  # type: ignore[attr-defined]
+    atexit.register((folder / "atexit").touch)
+    return "done"
+
+
+def test_a_rank_of_a_measurement_ends_so_too(tmp_path: Path) -> None:
+    assert run_alone("cpu", cannot_be_torn_down, tmp_path) == "done"
+    assert (tmp_path / "atexit").exists()
 
 
 def where_ninja_lies() -> str | None:
