@@ -36,6 +36,8 @@ a comparison file:
     replay: {after: kat, stop: {kind: replay, run: "{after}"}}   # {after}: the folder of kat's run of the same seed
   sweeps:
     kat: {stop.window: [8, 24]}         # cells kat.window-8 and kat.window-24
+  objectives:
+    jsd: {objective.kind: jsd, cells: [kat, opd]}   # cells kat.jsd and opd.jsd; without `cells` all of them, and jsd alone
 """
 
 

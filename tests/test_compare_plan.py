@@ -56,6 +56,25 @@ def test_objectives_cross_all_cells_and_keep_what_is_compared_apart(tmp_path: Pa
     }  # fmt: skip
 
 
+def test_an_objective_with_cells_stands_beside_the_others(tmp_path: Path) -> None:
+    """Its cells in the file's order, behind those they need, compared among themselves, and not swept."""
+    cells = {"kat": {}, "opd": {"stop.kind": "never"}, "next": {"after": "opd"}}
+    more = {"sweeps": {"kat": {"stop.window": [6]}}, "seeds": [0], "reference": "kat"}
+    beside = {"b": {"objective.kind": "jsd", "cells": ["next", "opd"]}}
+    runs = runs_of(tmp_path, cells, objectives=beside, **more)
+    facts = {run.cell.name: (run.recipe.objective.kind, run.after, run.cell.against) for run in runs}
+    assert facts == {
+        "kat": ("reverse_kl", None, "kat"), "kat.window-6": ("reverse_kl", None, "kat"),
+        "opd": ("reverse_kl", None, "kat"), "next": ("reverse_kl", "opd-seed0", "kat"),
+        "opd.b": ("jsd", None, "opd.b"), "next.b": ("jsd", "opd.b-seed0", "opd.b"),
+    }  # fmt: skip
+    # With one that crosses all cells, the recipe's own is no more among them.
+    both = runs_of(tmp_path, cells, objectives={"a": {"objective.kind": "forward_kl"}} | beside, **more)
+    names = [run.cell.name for run in both]
+    assert names == ["kat.a", "kat.a.window-6", "opd.a", "opd.b", "next.a", "next.b"]
+    assert {run.cell.against for run in both if run.cell.name.endswith(".b")} == {"opd.b"}
+
+
 def test_settings_hold_for_all_cells_and_a_cell_may_differ(tmp_path: Path) -> None:
     cells = {"kat": {}, "opd": {"stop": {"kind": "never"}, "train.micro_batch_tokens": 50}}
     runs = runs_of(tmp_path, cells, settings={"train.micro_batch_tokens": 40, "train": {"steps": 2}}, seeds=[0])
@@ -83,6 +102,14 @@ MISTAKES: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
     (KAT, {"sweeps": {"opd": {"stop.window": [3]}}}, ["sweeps is 'opd'", "The cells are kat"]),
     (KAT, {"sweeps": {"kat": {"stop.window": []}}}, ["stop.window has no values"]),
     (KAT, {"sweeps": {"kat": {"stop.window": [6, 6]}}}, ["Two cells are called kat.window-6"]),
+    (KAT, {"objectives": {"b": {"cells": ["kta"]}}}, ["objectives.b.cells is 'kta'", "Did you mean kat?"]),
+    (KAT, {"objectives": {"b": {"cells": "kat"}}}, ["objectives.b.cells is 'kat'", "Give a list"]),
+    (KAT, {"objectives": {"b": {"cells": []}}}, ["objectives.b.cells is []", "Give a list"]),
+    (
+        {"kat": {}, "next": {"after": "kat"}},
+        {"objectives": {"b": {"cells": ["next"]}}},
+        ["objectives.b.cells has next, which comes after kat", "Add kat"],
+    ),
     ({"kat": {"stop.windw": 3}}, {}, ["cells.kat: stop.windw is not a setting", "stop.window"]),
     ({"kat": {"rollout.slots": 0}}, {}, ["cells.kat: rollout.slots is 0"]),
     ({"kat": {}, "b": {"after": "kta"}}, {}, ["cells.b.after is 'kta'", "Did you mean kat?"]),
@@ -148,3 +175,17 @@ def test_every_kind_is_among_those_that_train_the_demo() -> None:
     runs = plan_runs(load_comparison(ROOT / "launch" / "recipes" / "compare_demo_kinds.yaml"))
     for section, kinds in (("stop", STOP_RULES), ("objective", OBJECTIVES), ("behaviour", BEHAVIOURS)):
         assert {getattr(run.recipe, section).kind for run in runs} == set(kinds)
+
+
+def test_one_file_has_the_rules_the_objectives_and_the_sweeps() -> None:
+    """rules x objectives x seeds, sweeps over eta, W, T, stride, L0 and chunk size, and the threshold's sources."""
+    runs = plan_runs(load_comparison(ROOT / "launch" / "recipes" / "compare_demo.yaml"))
+    assert len({run.seed for run in runs}) >= 3
+    assert {run.recipe.stop.kind for run in runs} == {"kat", "never", "prefix", "random", "replay"}
+    crossed = {(run.recipe.stop.kind, run.recipe.objective.kind) for run in runs}
+    assert crossed >= {(r, o) for r in ("kat", "never", "replay") for o in ("reverse_kl", "forward_kl", "jsd")}
+    assert {run.cell.swept[0] for run in runs if run.cell.swept} == {
+        "stop.threshold.eta", "stop.window", "stop.persistence", "stop.stride", "stop.min_kept", "rollout.chunk_tokens",
+    }  # fmt: skip
+    kat = [run.recipe.stop for run in runs if run.recipe.stop.kind == "kat"]
+    assert {stop.threshold.source for stop in kat} == {"auto", "audit", "all"}

@@ -101,22 +101,54 @@ def chosen_runs(runs: list[Run], cells: Sequence[str]) -> list[Run]:
 
 
 def _cells(comparison: Comparison) -> Iterator[Cell]:
+    """Those of every cell first; an objective with `cells` of its own is beside them, and its cells are not swept."""
+    everywhere, beside = {}, {}
+    for objective, body in comparison.objectives.items():
+        changes = nested(body)
+        among = changes.pop("cells", None)
+        if among is None:
+            everywhere[objective] = changes
+        else:
+            beside[objective] = _named_cells(comparison, objective, among), changes
+    for objective, changes in (everywhere or {"": {}}).items():
+        yield from _crossed(comparison, objective, list(comparison.cells), changes, comparison.sweeps)
+    for objective, (among, changes) in beside.items():
+        yield from _crossed(comparison, objective, among, changes, {})
+
+
+def _named_cells(comparison: Comparison, objective: str, among: Any) -> list[str]:
+    """Of `objectives.OBJECTIVE.cells`: in the order of the file."""
+    field = f"objectives.{objective}.cells"
+    if not isinstance(among, list) or not among:
+        raise ConfigError(f"{field} is {among!r}. Give a list of cells, or remove it to have all of them.")
+    for name in among:
+        known_cell(comparison, field, name)
+        after = comparison.cells[name].get("after")
+        if after is not None and after not in among:
+            raise ConfigError(f"{field} has {name}, which comes after {after}. Add {after}.")
+    return [name for name in comparison.cells if name in among]
+
+
+def _crossed(
+    comparison: Comparison, objective: str, among: Sequence[str], changes: Overrides, sweeps: Mapping[str, Any]
+) -> Iterator[Cell]:
+    """These cells with one objective, and their swept variants."""
+    suffix = f".{objective}" if objective else ""
     reference = comparison.reference or next(iter(comparison.cells))
-    for objective, changes in (comparison.objectives or {"": {}}).items():
-        suffix = f".{objective}" if objective else ""
-        for short, body in comparison.cells.items():
-            own = nested(body)
-            after = own.pop("after", None)
-            if after is not None:
-                known_cell(comparison, f"cells.{short}.after", after)
-                after += suffix
-            name, own = short + suffix, merge(own, nested(changes))
-            yield Cell(name, own, after, reference + suffix)
-            sweeps = comparison.sweeps.get(short, {})
-            for setting, values in sweeps.items():
-                for value in values:
-                    changed = merge(own, nested({setting: value}))
-                    yield Cell(f"{name}.{_label(setting, value, sweeps)}", changed, after, name, (setting, value))
+    reference = reference if reference in among else among[0]
+    for short in among:
+        own = nested(comparison.cells[short])
+        after = own.pop("after", None)
+        if after is not None:
+            known_cell(comparison, f"cells.{short}.after", after)
+            after += suffix
+        name, own = short + suffix, merge(own, changes)
+        yield Cell(name, own, after, reference + suffix)
+        swept = sweeps.get(short, {})
+        for setting, values in swept.items():
+            for value in values:
+                changed = merge(own, nested({setting: value}))
+                yield Cell(f"{name}.{_label(setting, value, swept)}", changed, after, name, (setting, value))
 
 
 def _label(setting: str, value: Any, sweeps: Mapping[str, Any]) -> str:

@@ -33,7 +33,11 @@ class Comparison(Section):
         "seed, whose folder is then {after}; {seed} and {folder} may stand in any text"
     )
     reference: str | None = Field(None, description="cell that the others are compared with; default: the first")
-    objectives: dict[str, Overrides] = Field({}, description="name -> settings; each cell is run with each of them")
+    objectives: dict[str, Overrides] = Field(
+        {},
+        description="name -> settings; each cell is run with each of them, CELL.NAME. `cells: [CELL, ...]` among the settings runs these "
+        "alone, once as they are and once more with them, unswept",
+    )
     sweeps: dict[str, dict[str, list[Any]]] = Field({}, description="cell -> setting -> values that it also takes")
 
     @property
