@@ -47,7 +47,10 @@ def step_losses(kind: str, settings: Any, rollouts: Sequence[Tokens], now: Momen
     if kind == "reopold":
         return _reopold(settings, rollouts, now)
     one = {"policy_gradient": _policy_gradient, "tropd": _tropd, "eopd": _eopd, "iw_opd": _iw_opd}[kind]
-    return [(one(settings, r, now, top_k), torch.ones(len(r.actions), dtype=torch.bool)) for r in rollouts]
+    everyone = [torch.ones(len(r.actions), dtype=torch.bool) for r in rollouts]
+    if kind == "tropd" and settings.outliers == "leave_out":
+        everyone = [trusted(r, now) for r in rollouts]
+    return [(one(settings, r, now, top_k), learned) for r, learned in zip(rollouts, everyone, strict=True)]
 
 
 def _at(logprobs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
@@ -63,8 +66,10 @@ def _ppo(r: Tokens, advantage: torch.Tensor, settings: Any) -> torch.Tensor:
     return -advantage.detach() * bounded
 
 
-def _reward(r: Tokens) -> torch.Tensor:
-    return (_at(r.q, r.actions) - _at(r.p, r.actions)).detach()
+def _reward(r: Tokens, settings: Any) -> torch.Tensor:
+    """p: of now, where the settings do not say that it is of then."""
+    now = getattr(settings, "reward_of", "present") == "present"
+    return (_at(r.q, r.actions) - (_at(r.p, r.actions) if now else r.written)).detach()
 
 
 def _as_written(r: Tokens) -> torch.Tensor:
@@ -79,7 +84,7 @@ def _forward_kl(r: Tokens, top_k: int) -> torch.Tensor:
 
 
 def _policy_gradient(settings: Any, r: Tokens, now: Moment, top_k: int) -> torch.Tensor:
-    return _ppo(r, _reward(r), settings)
+    return _ppo(r, _reward(r, settings), settings)
 
 
 def trusted(r: Tokens, now: Moment) -> torch.Tensor:
@@ -89,7 +94,7 @@ def trusted(r: Tokens, now: Moment) -> torch.Tensor:
 
 
 def _tropd(settings: Any, r: Tokens, now: Moment, top_k: int) -> torch.Tensor:
-    inside, reward = trusted(r, now), _reward(r)
+    inside, reward = trusted(r, now), _reward(r, settings)
     if settings.outliers == "forward_kl":
         outside = _forward_kl(r, top_k)
     elif settings.outliers == "clip":
@@ -101,7 +106,9 @@ def _tropd(settings: Any, r: Tokens, now: Moment, top_k: int) -> torch.Tensor:
 
 def _eopd(settings: Any, r: Tokens, now: Moment, top_k: int) -> torch.Tensor:
     undecided = -(r.q.exp() * r.q).sum(-1) > settings.entropy_gate
-    return _ppo(r, _reward(r), settings) + settings.forward_weight * undecided.double() * _forward_kl(r, top_k)
+    return _ppo(r, _reward(r, settings), settings) + settings.forward_weight * undecided.double() * _forward_kl(
+        r, top_k
+    )
 
 
 def _iw_opd(settings: Any, r: Tokens, now: Moment, top_k: int) -> torch.Tensor:
@@ -109,7 +116,7 @@ def _iw_opd(settings: Any, r: Tokens, now: Moment, top_k: int) -> torch.Tensor:
     itself = settings.share == "inclusive"
     share = [sizes[: t + itself].sum() / sizes.sum() for t in range(len(sizes))]
     weight = 1 + settings.gain * (1 - np.array(share))
-    return torch.from_numpy(weight) * _ppo(r, _reward(r), settings)
+    return torch.from_numpy(weight) * _ppo(r, _reward(r, settings), settings)
 
 
 def _reopold(settings: Any, rollouts: Sequence[Tokens], now: Moment) -> Losses:

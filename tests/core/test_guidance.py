@@ -28,8 +28,8 @@ TEACHERS, OWN = map(sum, zip(*SHAPES, strict=True))
 TOTAL = TEACHERS + OWN
 
 
-def tropd(outliers: str = "forward_kl", guidance: float = BETA) -> Tropd:
-    return Tropd(outliers, -1.72, Clip(0.2, 0.28), guidance)
+def tropd(outliers: str = "forward_kl", guidance: float = BETA, own_mean: bool = True) -> Tropd:
+    return Tropd(outliers, -1.72, Clip(0.2, 0.28), guidance, own_mean)
 
 
 def guided_rows() -> torch.Tensor:
@@ -59,32 +59,35 @@ def guided(
 
 
 def by_hand(
-    outliers: str, z: torch.Tensor, q: torch.Tensor, actions: torch.Tensor, moved: torch.Tensor
+    outliers: str, own_mean: bool, z: torch.Tensor, q: torch.Tensor, actions: torch.Tensor, moved: torch.Tensor
 ) -> torch.Tensor:
     """The step's loss, a sum that is to be divided by the student's tokens: responses as without guidance, and beta times the mean forward
     KL on prefixes; this weight, rounded to float32, is the only thing that is."""
     settings = SimpleNamespace(outliers=outliers, reward_floor=-1.72, clip_low=0.2, clip_high=0.28)
-    total, p, at = torch.zeros((), dtype=torch.float64), z.log_softmax(-1), 0
+    total, p, at, counted = torch.zeros((), dtype=torch.float64), z.log_softmax(-1), 0, 0
+    guidance = torch.zeros((), dtype=torch.float64)
     for i, (prefix, kept) in enumerate(SHAPES):
         parts = [
             Tokens(20 + i, p[rows], q[rows], actions[rows], moved[rows], torch.zeros(0))
             for rows in (slice(at, at + prefix), slice(at + prefix, at + prefix + kept))
         ]
         at += prefix + kept
-        total = total + float(np.float32(BETA * OWN / TEACHERS)) * _forward_kl(parts[0], K).sum()
-        ((loss, _),) = step_losses("tropd", settings, parts[1:], Moment(NOW.step, NOW.steps, NOW.seed), K)
-        total = total + loss.sum()
-    return total
+        guidance = guidance + _forward_kl(parts[0], K).sum()
+        ((loss, learned),) = step_losses("tropd", settings, parts[1:], Moment(NOW.step, NOW.steps, NOW.seed), K)
+        total, counted = total + loss[learned].sum(), counted + int(learned.sum())
+    assert (counted < OWN) == (outliers == "leave_out")
+    return total + float(np.float32(BETA * counted / TEACHERS if own_mean else BETA)) * guidance
 
 
+@pytest.mark.parametrize("own_mean", [True, False])
 @pytest.mark.parametrize("outliers", OUTLIERS)
-def test_gradient_is_that_of_the_formula(outliers: str) -> None:
-    objective = tropd(outliers)
+def test_gradient_is_that_of_the_formula(outliers: str, own_mean: bool) -> None:
+    objective = tropd(outliers, own_mean=own_mean)
     z, q, actions, batch = guided(objective.needs)
     clean = scored(objective.needs, TOTAL)[3]
     signal = batch.signal | objective.prepare(batch, NOW, Solo())
     sums = objective.tile(z.log_softmax(-1), actions, signal)
-    expected = by_hand(outliers, z, q, actions, clean[Field.WRITTEN])
+    expected = by_hand(outliers, own_mean, z, q, actions, clean[Field.WRITTEN])
     torch.testing.assert_close(sums["loss"], expected, rtol=1e-13, atol=1e-13)
     right, own = (torch.autograd.grad(value, z, retain_graph=True)[0] for value in (expected, sums["loss"]))
     torch.testing.assert_close(own, right, rtol=0, atol=1e-13)

@@ -94,6 +94,8 @@ def test_another_writer_than_the_student_is_made_up_for_or_refused(kind: str) ->
         settings.model_copy(update={"importance_weight": "clipped"}).check(filtered=False, minibatches=1, blended=True)
     else:
         settings.check(filtered=False, minibatches=1, blended=True)
+        with pytest.raises(ValueError, match=r"objective\.reward_of is written, but behaviour\.kind"):
+            settings.model_copy(update={"reward_of": "written"}).check(filtered=False, minibatches=1, blended=True)
 
 
 def test_every_objective_on_sampled_tokens_knows_that_it_is_one() -> None:
@@ -206,7 +208,7 @@ def test_a_token_that_the_teacher_excludes_leaves_the_gradient_finite(outliers: 
     sums = objective.tile(z.log_softmax(-1), actions, signal | made)
     (gradient,) = torch.autograd.grad(sums["loss"], z)
     assert gradient.isfinite().all()
-    assert bool(gradient[0].abs().max() > 0) == (outliers != "mask")
+    assert bool(gradient[0].abs().max() > 0) == (outliers not in ("mask", "leave_out"))
     assert sums["trusted"].item() == made[Field.TRUSTED].sum()
 
 

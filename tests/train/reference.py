@@ -40,12 +40,16 @@ OBJECTIVE_SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "tropd": ("tropd", {}),
     "tropd_clip": ("tropd", {"outliers": "clip"}),
     "tropd_mask": ("tropd", {"outliers": "mask"}),
+    "tropd_left_out": ("tropd", {"outliers": "leave_out"}),
+    "tropd_as_written": ("tropd", {"reward_of": "written"}),
     "eopd": ("eopd", {}),
+    "eopd_as_written": ("eopd", {"reward_of": "written"}),
     "eopd_weighted": ("eopd", {"forward_weight": 0.3}),
     "reopold_first": ("reopold", {"switch": 1.0}),
     "reopold_second": ("reopold", {"switch": 0.0}),
     "reopold_left_out": ("reopold", {"switch": 0.0, "below_floor": "mask"}),
     "iw_opd": ("iw_opd", {}),
+    "iw_opd_as_written": ("iw_opd", {"reward_of": "written"}),
     "iw_opd_exclusive": ("iw_opd", {"share": "exclusive"}),
     "cross_tokenizer": ("cross_tokenizer", {}),
 }
@@ -213,7 +217,7 @@ def reference_gradient(name: str, student: Any, data: Scored, chosen: list[int])
     """Autograd of (sum of token losses of the chosen rollouts) / (their learnt tokens)."""
     student.zero_grad()
     kind, settings = OBJECTIVE_SETTINGS[name]
-    rollouts, ids = [], []
+    rollouts, ids, open_ = [], [], []
     for i in chosen:
         kept = data.rollouts[i].kept
         if kept == 0:
@@ -223,11 +227,13 @@ def reference_gradient(name: str, student: Any, data: Scored, chosen: list[int])
         known = (data.written[i][:kept], data.entropies[i][:kept])
         rollouts.append(Tokens(request.id, p, data.teacher[i][:kept], torch.tensor(response), *known, data.chunks(i)))
         ids.append(data.student_ids[i][:kept])
+        first, end = data.rollouts[i].hole or (0, 0)
+        open_.append(torch.tensor([not first <= t < end for t in range(kept)]))
     if name not in PUBLISHED:
-        losses = [_token_losses(name, r.p, r.q, top, r.actions) for r, top in zip(rollouts, ids, strict=True)]
+        step = [(_token_losses(name, r.p, r.q, top, r.actions), True) for r, top in zip(rollouts, ids, strict=True)]
     else:
         step = step_losses(kind, OBJECTIVES[kind].Settings(**settings), rollouts, Moment(0, 1, 0), TOP_K)
-        losses = [loss[learned] for loss, learned in step]
+    losses = [loss[mask & learned] for (loss, learned), mask in zip(step, open_, strict=True)]
     total, tokens = torch.stack([loss.sum() for loss in losses]).sum(), sum(len(loss) for loss in losses)
     (total / tokens).backward()
     gradient = {key: value.grad.clone() for key, value in student.named_parameters()}

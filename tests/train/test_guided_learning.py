@@ -21,7 +21,7 @@ from zoo import build_model
 from katds.core.collective import Collective, Solo
 from katds.core.objectives import OBJECTIVES
 from katds.core.packing import DEFAULT_ATTENTION_WEIGHT
-from katds.core.types import LENGTH, Field, Prompt, Rollout, RolloutBatch, RolloutRequest
+from katds.core.types import LENGTH, Field, Need, Prompt, Rollout, RolloutBatch, RolloutRequest
 from katds.models import tiled_head
 from katds.train.share import Share, deal, survey
 
@@ -30,18 +30,25 @@ PREFIX = [4, 0, 0, 13, 6, 1, 0, 9, 0, 2]  # of these; a rollout may keep nothing
 BETA = 0.05
 
 
+TROPD = {"tropd": {}, "left_out": {"outliers": "leave_out"}, "over_students": {"guidance_over": "student_tokens"}}
+NAMES = (*TROPD, "reverse_kl", "reverse_kl_full")
+
+
+def tropd_settings(name: str) -> Any:
+    return OBJECTIVES["tropd"].Settings(guidance=BETA, **TROPD[name])
+
+
 class Models:
     def __init__(self, root: Path) -> None:
         self.student = plain(build_model(root / "student", seed=1, tied=True, vocabulary=70))
         self.teacher = plain(build_model(root / "teacher", seed=2, hidden=48, vocabulary=72))
         self.data = scored(self.student, self.teacher, KEPT)
-        self.expected = {name: self._by_hand(name) for name in ("tropd", "reverse_kl", "reverse_kl_full")}
+        self.expected = {name: self._by_hand(name) for name in NAMES}
 
-    def _by_hand(self, name: str) -> tuple[dict[str, torch.Tensor], float]:
+    def _by_hand(self, name: str) -> tuple[dict[str, torch.Tensor], float, int]:
         self.student.zero_grad()
         total, count = torch.zeros((), dtype=torch.float64), 0
-        # beta times a mean over the teacher's tokens, in a sum that is divided by the student's
-        weight = np.float32(BETA * (sum(KEPT) - sum(PREFIX)) / sum(PREFIX))
+        guidance = torch.zeros((), dtype=torch.float64)
         for i, (kept, prefix) in enumerate(zip(KEPT, PREFIX, strict=True)):
             if not kept:
                 continue
@@ -50,19 +57,22 @@ class Models:
             p, _ = _responses(self.student, list(data.requests[i].prompt.token_ids), response)
             q, actions = data.teacher[i][:kept], torch.tensor(response)
             first, own = slice(prefix), slice(prefix, kept)
-            count += kept - prefix
-            if name == "tropd":
+            learned = torch.ones(kept - prefix, dtype=torch.bool)
+            if name in TROPD:
                 rows = Tokens(100 + i, p[first], q[first], actions[first], p[first], p[first])
-                total = total + float(weight) * _forward_kl(rows, TOP_K).sum()
+                guidance = guidance + _forward_kl(rows, TOP_K).sum()
                 rows = Tokens(100 + i, p[own], q[own], actions[own], data.written[i][own], data.entropies[i][own])
-                ((loss, _),) = step_losses("tropd", OBJECTIVES["tropd"].Settings(), [rows], Moment(0, 1, 0), TOP_K)
+                ((loss, learned),) = step_losses("tropd", tropd_settings(name), [rows], Moment(0, 1, 0), TOP_K)
             else:
                 loss = _token_losses(name, p[own], q[own], data.student_ids[i][own], actions[own])
-            total = total + loss.sum()
+            total, count = total + loss[learned].sum(), count + int(learned.sum())
+        if name in TROPD:  # beta times a mean over the teacher's tokens, in a sum that is divided by the student's
+            total = (
+                total + float(np.float32(BETA if name == "over_students" else BETA * count / sum(PREFIX))) * guidance
+            )
         (total / count).backward()
-        return {key: value.grad.clone() for key, value in self.student.named_parameters()}, float(
-            total.detach()
-        ) / count
+        gradient = {key: value.grad.clone() for key, value in self.student.named_parameters()}
+        return gradient, float(total.detach()) / count, count
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +92,11 @@ def guided_batch(data: Scored, mine: list[int], needs: Any, learned: bool) -> Ro
         whole, prefix = data.rollouts[i], PREFIX[i]
         first, rest = tuple(whole.response_ids[:prefix]), whole.response_ids[prefix:]
         rollouts.append(replace(whole, response_ids=rest, kept=KEPT[i] - prefix, prefix=first, guided=learned))
-        signal = data._signal(i, needs, torch.float64)
+        signal = data._signal(i, needs | {Need.TEACHER_TOP_K} if learned else needs, torch.float64)
         if learned:
             mask = torch.arange(KEPT[i]) < prefix
+            if Need.TEACHER_TOP_K not in needs:  # the engine scores that for prefixes alone
+                signal[Field.TEACHER_TOP] = signal[Field.TEACHER_TOP].masked_fill(~mask[:, None], torch.nan)
             signal |= {key: signal[key].masked_fill(mask, torch.nan) for key in (Field.SAMPLED, Field.WRITTEN)}
             parts.append(signal | {Field.GUIDED: mask})
         else:
@@ -98,22 +110,24 @@ def update(
     models: Models, name: str, collective: Collective, mine: list[int], budget: int
 ) -> tuple[PlainStudent, dict[str, float]]:
     learns = PlainStudent(models.student, collective)
-    learner = reference.learner(name, learns, PlainTeacher(models.teacher, torch.float64), collective, budget)
-    if name == "tropd":
-        learner._objective = OBJECTIVES[name].from_settings(OBJECTIVES[name].Settings(guidance=BETA))
+    kind = "tropd" if name in TROPD else name
+    learner = reference.learner(kind, learns, PlainTeacher(models.teacher, torch.float64), collective, budget)
+    if name in TROPD:
+        learner._objective = OBJECTIVES["tropd"].from_settings(tropd_settings(name))
     batch = guided_batch(models.data, mine, learner._objective.needs, learner._objective.reads_prefix)
     return learns, learner.update(batch, models.data.requests, step=0)
 
 
-@pytest.mark.parametrize("name", ["tropd", "reverse_kl", "reverse_kl_full"])
+@pytest.mark.parametrize("name", NAMES)
 def test_gradient_is_plain_autograd_in_fp64(models: Models, small_tiles: None, name: str) -> None:
     """tropd learns from the prefixes; the others read them as context only. All divide by what the student wrote."""
-    gradient, loss = models.expected[name]
+    gradient, loss, tokens = models.expected[name]
+    assert (tokens == sum(KEPT) - sum(PREFIX)) == (name != "left_out")
     for budget in (1, 40, 10**6):
         learns, report = update(models, name, Solo(), list(range(len(KEPT))), budget)
         assert distance(learns.updates[0], gradient) < 1e-12
         assert report["loss"] == pytest.approx(loss, rel=1e-9)
-        assert report["tokens"] == sum(KEPT) - sum(PREFIX)
+        assert report["tokens"] == tokens
 
 
 @settings(

@@ -92,8 +92,9 @@ def test_guidance_pulls_towards_the_teacher_s_tokens(tmp_path: Path) -> None:
         {"objective": {"kind": "reverse_kl"}},
         {"objective": {"kind": "reopold"}, "train": {"steps": 2, "minibatches": 2}},
         {"objective": {**OBJECTIVE, "outliers": "mask"}, "behaviour": {"kind": "teacher_prefix", "lengths": "longest"}},
+        {"objective": {**OBJECTIVE, "outliers": "leave_out", "guidance_over": "student_tokens"}},
     ],
-    ids=["reverse_kl", "reopold", "mask"],
+    ids=["reverse_kl", "reopold", "mask", "leave_out"],
 )
 def test_other_objectives_learn_from_the_student_s_part(tmp_path: Path, changes: dict[str, Any]) -> None:
     recipe = guided(tmp_path, "run", **changes)

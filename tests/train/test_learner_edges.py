@@ -20,7 +20,9 @@ from katds.core.types import Field, RolloutBatch, Signal
 KEPT = [9, 1, 0, 14, 6, 3, 0, 22, 5, 11]
 
 
-@pytest.mark.parametrize("name", ["reopold_second", "reopold_first", "cross_tokenizer", "policy_gradient_clipped"])
+@pytest.mark.parametrize(
+    "name", ["reopold_second", "reopold_first", "tropd_left_out", "cross_tokenizer", "policy_gradient_clipped"]
+)
 def test_a_reward_that_weighs_nothing_changes_nothing(tmp_path: Path, name: str) -> None:
     """Also where the objective learns from some of the tokens only: its mean and its scalars are those of these."""
     student = plain(build_model(tmp_path / "student", seed=1, tied=True, vocabulary=70))

@@ -21,6 +21,7 @@ from katds.core.types import Field, Need, RolloutBatch, Signal
 CASES: dict[str, dict[str, Any]] = {kind: {"objective": {"kind": kind}} for kind in OBJECTIVES}
 CASES["policy_gradient"]["objective"]["importance_weight"] = "clipped"
 CASES["tropd"]["more"] = {"train/trusted"}
+CASES["tropd, left out"] = {"objective": {"kind": "tropd", "outliers": "leave_out"}, "more": {"train/learned_share"}}
 CASES["eopd"]["objective"]["entropy_gate"] = 3.6
 CASES["eopd"]["more"] = {"train/undecided"}
 CASES["reopold"]["objective"]["entropy_share"] = 0.5

@@ -30,6 +30,8 @@ class ForwardKlSettings(ObjectiveSettings):
 class ForwardKl(Objective):
     """sum_t KL(q_t || p_t), differentiated through p: over the teacher's top K plus a tail bucket, or the vocabulary.
 
+    Source: GKD (arXiv 2306.13649), its loss with beta 0, which is over the whole vocabulary there.
+
     Raises:
         ValueError: an unknown support.
     """

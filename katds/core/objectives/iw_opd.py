@@ -11,12 +11,12 @@ from katds.core.collective import Collective
 from katds.core.objectives.aligned import aligned
 from katds.core.objectives.base import Objective, ObjectiveSettings, Progress
 from katds.core.objectives.rows import advantages
-from katds.core.objectives.sampled import Clip, SampledSettings, read_sampled
+from katds.core.objectives.sampled import Clip, RewardSettings, read_sampled
 from katds.core.types import Field, Need, RolloutBatch, Signal
 from katds.settings import Scale
 
 
-class IwOpdSettings(SampledSettings):
+class IwOpdSettings(RewardSettings):
     """Sampled reverse KL whose weight falls with the disagreement so far (arXiv 2606.22600)."""
 
     kind: Literal["iw_opd"] = "iw_opd"
@@ -37,19 +37,21 @@ class IwOpd(Objective):
 
     A_s = log q(y_s) - log p(y_s) with p as written; the sums run over what is kept of the rollout, tokens in its hole (`stop.supervise:
     after`) included: the loss does not read these, but what follows them was written after them. Open, and settings here: whether the share
-    includes the token itself, by default so (s <= t; exclusive: s < t), and the clip, by default DAPO's (0.2, 0.28). Losses are divided by
-    the number of tokens, not by their weights, as those of every objective: the learner divides.
+    includes the token itself, by default so (s <= t; exclusive: s < t), the clip, by default DAPO's (0.2, 0.28), and whether p in the
+    reward is the present student's (default) or, as in A_s, the one's that wrote. Losses are divided by the number of tokens, not by their
+    weights, as those of every objective: the learner divides.
     """
 
     Settings: ClassVar[type[ObjectiveSettings]] = IwOpdSettings
     needs = frozenset({Need.SAMPLED, Need.WRITTEN})
 
-    def __init__(self, gain: float, clip: Clip, inclusive: bool = True) -> None:
-        self._gain, self._clip, self._inclusive = gain, clip, inclusive
+    def __init__(self, gain: float, clip: Clip, inclusive: bool = True, reward_of: str = "present") -> None:
+        self._gain, self._clip, self._inclusive, self._reward_of = gain, clip, inclusive, reward_of
 
     @classmethod
     def from_settings(cls, settings: Any) -> Self:
-        return cls(settings.gain, Clip(settings.clip_low, settings.clip_high), settings.share == "inclusive")
+        clip = Clip(settings.clip_low, settings.clip_high)
+        return cls(settings.gain, clip, settings.share == "inclusive", settings.reward_of)
 
     def prepare(self, batch: RolloutBatch, progress: Progress, collective: Collective) -> dict[Field, torch.Tensor]:
         """WEIGHT, [T]. Communicates nothing: a weight depends on its rollout only."""
@@ -71,4 +73,4 @@ class IwOpd(Objective):
         """{"loss", "kl" (k1 estimates), "entropy" (of the student)}; see `Objective.tile`."""
         tokens = read_sampled(logprobs_TV, actions_T, signal)
         weight_T = aligned(signal, Field.WEIGHT, logprobs_TV)
-        return tokens.sums(weight_T * tokens.losses(tokens.reward, self._clip), logprobs_TV)
+        return tokens.sums(weight_T * tokens.losses(tokens.reward_of(self._reward_of), self._clip), logprobs_TV)

@@ -18,11 +18,15 @@ class JsdSettings(ObjectiveSettings):
     """Generalised Jensen-Shannon divergence over the whole vocabulary at every kept token."""
 
     kind: Literal["jsd"] = "jsd"
-    beta: Share = Setting(0.5, description="0 forward KL, 1 reverse KL (GKD, arXiv 2306.13649)")
+    beta: Share = Setting(
+        0.5, description="0 forward KL, 1 reverse KL (GKD, arXiv 2306.13649); which is best depends on the task"
+    )
 
 
 class Jsd(Objective):
-    """sum_t JSD_beta(p_t, q_t) over the whole vocabulary; beta 0 is the forward, 1 the reverse KL.
+    """sum_t JSD_beta(p_t, q_t) over the whole vocabulary (GKD, arXiv 2306.13649, eq. 1); beta 0 is the forward, 1 the reverse KL.
+
+    JSD_beta(p, q) = beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p.
 
     Raises:
         ValueError: beta outside [0, 1].

@@ -39,6 +39,8 @@ class PolicyGradientSettings(SampledSettings):
 class PolicyGradient(Objective):
     """loss = -sum_t r_t log p_t(y_t) with the detached reward r_t = log q_t(y_t) - log p_t(y_t).
 
+    Source: the score-function estimator (REINFORCE, Williams 1992) of the loss of `reverse_kl` (KAT, arXiv 2606.09471).
+
     Over y ~ p its gradient is that of KL(p || q) at the same prefix: E_y[(log p - log q) grad log p] (the term from
     grad of log p itself averages to zero). It holds per token: no reward of later tokens is credited to y_t, as in
     all objectives here.

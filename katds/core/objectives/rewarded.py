@@ -28,6 +28,11 @@ class Rewarded(Objective):
     tokens, so inner sums are multiplied by the step's ratio of the two counts (with several updates a step: of the whole step).
     The reward is of the whole rollout, whatever the teacher can say about a token.
 
+    No source says how a reward goes with distillation. Chosen: leave one out as the baseline, which needs no second model; no outcome for
+    what was ended, as a verdict on half a response would be the rule's; a surrogate of its own beside the objective's, so that one
+    reward serves objectives that have no advantage to add it to (after a step's first update this is not the clip of a
+    sum of advantages); and the clip, which is DAPO's.
+
     Args:
         weight: above 0, of the reward's term.
         reward: of a complete rollout, called once per rollout where it was written.

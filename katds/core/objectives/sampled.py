@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field as Setting
@@ -44,6 +44,24 @@ class SampledSettings(ObjectiveSettings):
             )
 
 
+class RewardSettings(SampledSettings):
+    """Base of those whose paper does not say of which student the reward is, once it has moved since it wrote."""
+
+    reward_of: Literal["present", "written"] = Setting(
+        "present",
+        description="whose log p stands in the reward log q(y) - log p(y) from a step's second update on: the present student's, so that "
+        "the expected gradient stays that of KL(p || q), or that of the student that wrote, as in PPO's advantages; not published",
+    )
+
+    def check(self, filtered: bool, minibatches: int, blended: bool = False) -> None:
+        super().check(filtered, minibatches, blended)
+        if blended and self.reward_of == "written":
+            raise ValueError(
+                "objective.reward_of is written, but behaviour.kind lets another distribution write than the student, whose reward that "
+                "would be; set objective.reward_of to present"
+            )
+
+
 class Clip(NamedTuple):
     """How far a probability ratio counts below and above 1; see `clipped_policy_gradient`."""
 
@@ -63,6 +81,10 @@ class Sampled(NamedTuple):
         """log q(y) - log p(y), detached. With the present p, so that with the ratio the expected gradient is that of KL(p || q) whoever
         wrote the token."""
         return -sampled_reverse_kl(self.student, self.teacher)
+
+    def reward_of(self, student: str) -> torch.Tensor:
+        """The same of the `present` student, or of the one that has `written`; see `RewardSettings`."""
+        return self.reward if student == "present" else -sampled_reverse_kl(self.written, self.teacher)
 
     def without(self, rows_T: torch.Tensor) -> Sampled:
         """With these rows (bool) as if student, writer and teacher agreed on them: reward 0, ratio 1, whatever they hold. Nothing of
