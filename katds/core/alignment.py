@@ -112,14 +112,15 @@ def chunk_divergence(teacher: float, student: float) -> float:
 
     Which divergence a stop rule should see across tokenizers is open in the paper; there is no distribution over a shared
     vocabulary to compare. Chosen: k3 and not k1 = -r, which has the same mean but either sign: a window of tokens that the teacher
-    likes better than the student would count as low, and disagreement of both signs would cancel.
+    likes better than the student would count as low, and disagreement of both signs would cancel. A chunk that is too long to teach
+    counts as any other: what the teacher thinks of the text is known, only not of which token.
     """
     ratio = min(teacher - student, LARGEST_ADVANTAGE)
     return math.expm1(ratio) - ratio
 
 
-# Per token of a chunk that the teacher has no tokens for [nats]: as if it had given the text the lowest likelihood within the bound.
-# With 0, which is agreement, a detector of agreement would stop just what nothing is known about.
+# Per token of a chunk that the teacher has no tokens for, or those of another text [nats]: as if it had given the text the lowest
+# likelihood within the bound. With 0, which is agreement, a detector of agreement would stop just what nothing is known about.
 UNSAID_DIVERGENCE = chunk_divergence(-LARGEST_ADVANTAGE, 0.0)
 
 

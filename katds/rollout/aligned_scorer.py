@@ -196,7 +196,8 @@ class AlignedScorer:
                 student += [wrote] * chunk.student
                 sizes += [chunk.student if chunk.teaches else 0] * chunk.student
                 if chunk.student:  # of the teacher's own alone nobody asks
-                    known = chunk_divergence(said, wrote) / chunk.student if chunk.teacher else UNSAID_DIVERGENCE
+                    said_it = chunk.same and chunk.teacher > 0
+                    known = chunk_divergence(said, wrote) / chunk.student if said_it else UNSAID_DIVERGENCE
                     divergences += [known] * chunk.student
             written += reader.logprobs[:end]
             del reader.scores[:begin], reader.logprobs[:end]

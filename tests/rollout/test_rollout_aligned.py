@@ -140,7 +140,8 @@ def test_scores_are_those_of_full_forwards(student: str, teacher: str, dtype: to
             student_T += [wrote] * chunk.student
             sizes += [chunk.student * (chunk.same and max(chunk[:2]) <= 6)] * chunk.student
             if chunk.student:
-                known = chunk_divergence(said, wrote) / chunk.student if chunk.teacher else 10.0 - 1.0 + math.exp(-10.0)
+                unknown = 10.0 - 1.0 + math.exp(-10.0)
+                known = chunk_divergence(said, wrote) / chunk.student if chunk.same and chunk.teacher else unknown
                 divergences += [known] * chunk.student
         assert signal[Field.CHUNK_TOKENS].tolist() == sizes
         for key, expected in ((Field.CHUNK_TEACHER, teacher_T), (Field.CHUNK_STUDENT, student_T), (Field.WRITTEN, p)):
