@@ -46,6 +46,8 @@ def assemble(
     objective = _objective(recipe, inputs)
     rollout, optimizer = recipe.rollout, recipe.train.optimizer
     rule = make_rule(recipe, inputs.steps)
+    for choice in recipe.stop.choices(_run_facts(recipe, inputs.steps)):
+        monitor.say(choice)
     for doubt in stop_doubts(recipe, inputs.steps):
         monitor.say(f"warning: {doubt}")
     requests = RequestStream(

@@ -176,3 +176,5 @@ def test_what_a_rule_will_not_do_is_told_by_its_place() -> None:
     section = TypeAdapter(StopConfig).validate_python({"kind": "first_of", "rules": rules})
     (doubt,) = section.doubts(RunFacts(0, 3, 128, 1, 1 / 16))
     assert doubt.startswith("stop.rules[1]: stop.kind kat will end no rollout")
+    (choice,) = section.choices(RunFacts(0, 3, 128, 1, 1 / 16))
+    assert choice.startswith("stop.rules[1].threshold.source auto is completed")

@@ -396,6 +396,18 @@ def test_a_threshold_that_comes_too_late_is_told(
     assert (section.doubts(facts) == []) == warm
 
 
+def test_the_source_that_auto_is_is_told() -> None:
+    enough, few = RunFacts(0, 1000, 512, 4, 1 / 16), RunFacts(0, 408, 128, 4, 1 / 16)  # 32000 and 3264 audit rollouts
+    (audit,), (completed,) = KatSettings().choices(enough), KatSettings().choices(few)
+    assert audit == "stop.threshold.source auto is audit in this run: the minima of the audit group"
+    assert completed.startswith(
+        "stop.threshold.source auto is completed in this run: the minima of rollouts that ended"
+    )
+    for facts, source in ((enough, "audit"), (few, "completed")):
+        assert KatRule.from_settings(KatSettings(), facts)._source == source
+    assert KatSettings.model_validate({"threshold": {"source": "all"}}).choices(few) == []
+
+
 def test_the_warning_names_settings_and_remedy() -> None:
     (doubt,) = KatSettings().doubts(RunFacts(0, 3, 128, 1, 1 / 16))
     assert doubt == (

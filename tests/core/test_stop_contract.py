@@ -44,7 +44,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "random": {"max_tokens": 50},
     "repetition": LOOPS,
     "replay": {"run": str(Path(__file__).parent / "recorded_run")},
-    "first_of": {"rules": [LOOPS, KAT, {"kind": "random", "max_tokens": 200}]},
+    "first_of": {"rules": [LOOPS, KAT, {"kind": "random", "min_tokens": 30}]},
     "first_of kats": {"rules": [KAT, KAT | {"window": 6, "threshold": KAT["threshold"] | {"source": "all"}}]},
 }
 CASES = sorted({*STOP_RULES, *WAYS})

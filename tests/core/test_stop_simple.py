@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from katds.core import counter
 from katds.core.collective import Solo
 from katds.core.stop.base import RunFacts, StopRule
-from katds.core.stop.simple import NeverRule, PrefixRule, PrefixSettings, RandomRule
+from katds.core.stop.simple import NeverRule, PrefixRule, PrefixSettings, RandomRule, RandomSettings
 from katds.core.types import Cut, Prompt, RolloutRequest
 
 PROMPT = Prompt(index=0, token_ids=(1,))
@@ -114,6 +114,19 @@ def test_random_lengths_depend_on_seed_and_id_only() -> None:
     assert sum(a == b for a, b in zip(lengths(0), lengths(1), strict=True)) < 5
     assert len(set(lengths(0))) > 40
     assert RandomRule(0, 9, 9).length(request(1)) == 9
+
+
+def test_random_lengths_reach_as_far_as_a_rollout() -> None:
+    """Without a longest cut: a control whose cuts lay behind the rollouts' end would save nothing."""
+    rule, requests = RandomRule(seed=0, min_tokens=1), [request(id) for id in range(400)]
+    (limit,) = {each.max_new_tokens for each in requests}
+    drawn = [rule.length(each) for each in requests]
+    assert 0.95 * limit < max(drawn) <= limit and sum(drawn) / 400 == pytest.approx((1 + limit) / 2, rel=0.15)
+    RandomSettings(max_tokens=60).check(60, 1.0, 0.0)
+    with pytest.raises(ValueError, match=r"stop.max_tokens 61 is longer than rollout.max_new_tokens 60"):
+        RandomSettings(max_tokens=61).check(60, 1.0, 0.0)
+    with pytest.raises(ValueError, match=r"stop.min_tokens 61 is larger than rollout.max_new_tokens 60"):
+        RandomSettings(min_tokens=61).check(60, 1.0, 0.0)
 
 
 def test_random_lengths_do_not_follow_a_choice_by_the_same_seed_and_id() -> None:

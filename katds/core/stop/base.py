@@ -33,6 +33,10 @@ class StopSettings(Section):
         """What is allowed but hardly meant: a line each (fields, values, remedy), told when the run begins."""
         return []
 
+    def choices(self, run: RunFacts) -> list[str]:
+        """What it settles by itself for this run: a line each, told when the run begins."""
+        return []
+
     def contents(self) -> str:
         """A digest of the files that the rule reads; empty where it reads none. Asked for before any model is loaded.
 

@@ -81,6 +81,9 @@ class FirstOfSettings(StopSettings):
     def doubts(self, run: RunFacts) -> list[str]:
         return [f"stop.rules[{i}]: {doubt}" for i, rule in enumerate(self.rules) for doubt in rule.doubts(run)]
 
+    def choices(self, run: RunFacts) -> list[str]:
+        return [_placed(choice, i) for i, rule in enumerate(self.rules) for choice in rule.choices(run)]
+
 
 def _placed(message: str, i: int) -> str:
     """The message of a rule that takes itself for the only one: its settings by the names that they have in the list."""

@@ -106,6 +106,13 @@ class KatSettings(StopSettings):
         if temperature == 0:
             raise ValueError("rollout.temperature is 0: the divergence of a greedy policy is undefined; set it above 0")
 
+    def choices(self, run: RunFacts) -> list[str]:
+        if self.threshold.source != "auto":
+            return []
+        _, source = warm_up(self, run)
+        whose = {"audit": "the audit group", "completed": "rollouts that ended by themselves, which are biased high"}
+        return [f"stop.threshold.source auto is {source} in this run: the minima of {whose[source]}"]
+
     def doubts(self, run: RunFacts) -> list[str]:
         """A threshold that is not known before the last step ends: the run is one without a stop rule."""
         queue = self.threshold

@@ -58,18 +58,21 @@ class RandomSettings(StopSettings):
 
     kind: Literal["random"] = "random"
     min_tokens: Positive = Field(1, description="shortest cut; not published")
-    max_tokens: Positive = Field(4096, description="longest cut; lengths are uniform in between; not published")
+    max_tokens: Positive | None = Field(
+        None,
+        description="longest cut; lengths are uniform in between; not published; default rollout.max_new_tokens",
+    )
 
     def check(self, max_new_tokens: int, temperature: float, audit_fraction: float) -> None:
-        if self.min_tokens > self.max_tokens:
+        if self.max_tokens is not None and self.max_tokens > max_new_tokens:
             raise ValueError(
-                f"stop.min_tokens {self.min_tokens} is larger than stop.max_tokens {self.max_tokens}; "
-                "lower stop.min_tokens"
+                f"stop.max_tokens {self.max_tokens} is longer than rollout.max_new_tokens {max_new_tokens}: rollouts would run to their "
+                "end in place of the longest cuts; lower stop.max_tokens"
             )
-        if self.min_tokens > max_new_tokens:
+        longest = "rollout.max_new_tokens" if self.max_tokens is None else "stop.max_tokens"
+        if self.min_tokens > (limit := max_new_tokens if self.max_tokens is None else self.max_tokens):
             raise ValueError(
-                f"stop.min_tokens {self.min_tokens} is longer than rollout.max_new_tokens {max_new_tokens}; "
-                "lower stop.min_tokens"
+                f"stop.min_tokens {self.min_tokens} is larger than {longest} {limit}; lower stop.min_tokens"
             )
 
 
@@ -156,23 +159,32 @@ class PrefixRule(PlannedRule):
         return Cut(length, length, self.reasons[0])
 
 
-class RandomRule(PrefixRule):
+class RandomRule(PlannedRule):
     """Ends every rollout at its own length, uniform in `min_tokens` .. `max_tokens`: a hash of (seed, rollout id). The random control of
-    KAT's paper (arXiv 2606.09471), whose lengths are not published."""
+    KAT's paper (arXiv 2606.09471), whose lengths are not published. Without `max_tokens` the longest is the rollout's own limit, which is
+    what a prefix that the teacher wrote has left of it."""
 
     Settings: ClassVar[type[StopSettings]] = RandomSettings
     reasons: tuple[str, ...] = ("random",)
 
-    def __init__(self, seed: int, min_tokens: int, max_tokens: int) -> None:
-        assert 1 <= min_tokens <= max_tokens, f"min_tokens {min_tokens} is not in 1 .. max_tokens {max_tokens}"
-        super().__init__(max_tokens)
-        self._seed = seed
-        self._min_tokens = min_tokens
+    def __init__(self, seed: int, min_tokens: int, max_tokens: int | None = None) -> None:
+        assert min_tokens >= 1, f"min_tokens is {min_tokens}"
+        assert max_tokens is None or min_tokens <= max_tokens, (
+            f"min_tokens {min_tokens} is above max_tokens {max_tokens}"
+        )
+        super().__init__()
+        self._seed, self._min_tokens, self._max_tokens = seed, min_tokens, max_tokens
 
     @classmethod
     def from_settings(cls, settings: Any, run: RunFacts) -> Self:
         return cls(run.seed, settings.min_tokens, settings.max_tokens)
 
     def length(self, request: RolloutRequest) -> int:
+        """Tokens after which this rollout ends."""
         draw = counter.uniform(counter.key(self._seed, request.id, _STREAM), 0)
-        return self._min_tokens + int(draw * (self._tokens - self._min_tokens + 1))
+        longest = max(self._min_tokens, request.max_new_tokens) if self._max_tokens is None else self._max_tokens
+        return self._min_tokens + int(draw * (longest - self._min_tokens + 1))
+
+    def plan(self, request: RolloutRequest) -> Cut | None:
+        length = self.length(request)
+        return Cut(length, length, self.reasons[0])
