@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 from zoo import build_recipe
 
 from katds.bench import report as bench
+from katds.bench.report import processor
 from katds.cli import dump_recipe, run_main
 from katds.compare.cells import Run, plan_runs
 from katds.compare.flops import Batch, Cost, _batches, model_cost, run_flops, training_flops
@@ -81,7 +82,7 @@ def test_two_cells_with_two_seeds_run_and_go_on(tmp_path: Path, monkeypatch: pyt
     assert {run.name: timeless(run.folder) for run in runs} == first
 
     outcomes = gather(runs, {})
-    made = [Maker("unknown", 1)]
+    made = [Maker("unknown", 1, processor())]
     assert all(cell.makers == {0: made, 1: made} for cell in outcomes.cells.values())
     lines = [(tmp_path / "all" / "made" / f"{run.name}.jsonl").read_text().count("\n") for run in runs]
     assert lines == [2, 1, 1, 1], "what goes on has a line more, what starts anew has lost its old ones"
@@ -249,13 +250,15 @@ def test_runs_of_different_code_are_told(tmp_path: Path) -> None:
     assert differ.startswith("The runs differ in commit (c0: kat-seed0, ") and "; c1: better-seed1)" in differ
     assert unknown == "It is not recorded which commit has made worse-seed2."
     made = json.loads(json.dumps(results(comparison, outcomes)))["cells"]["better"]["made_by"]
-    assert made["0"] == [{"commit": "c0", "ranks": 1}] and made["1"] == [{"commit": "c1", "ranks": 1}]
+    assert made["0"] == [{"commit": "c0", "ranks": 1, "processor": ""}] and made["1"][0]["commit"] == "c1"
 
     (run,) = (run for run in planned(tmp_path / "comparison.yaml")[1] if run.name == "alike-seed0")
-    record_maker(run, Maker("c0", 2))
-    assert makers(run) == [Maker("c0", 1), Maker("c0", 2)]
+    record_maker(run, Maker("c0", 2, "one"))
+    assert makers(run) == [Maker("c0", 1), Maker("c0", 2, "one")]
     _, runs = planned(tmp_path / "comparison.yaml")
     assert [note[:25] for note in gather(runs, {}).notes][1] == "The runs differ in ranks "
+    record_maker(run, Maker("c0", 2, "another"))
+    assert "differ in processor (one: alike-seed0; another: alike-seed0)" in gather(runs, {}).notes[2]
 
 
 def test_pictures(tmp_path: Path) -> None:
@@ -287,13 +290,19 @@ def test_a_sweep_has_a_table_with_the_cell_itself(tmp_path: Path, compare: Any) 
     file = comparison_file(tmp_path, {"kat": {}}, seeds=[0, 1, 2], sweeps={"kat": {"stop.window": [3, 5]}})
     comparison, runs = planned(file)
     for run in runs:
-        fake_run(run.folder, dump_recipe(run.recipe), 0.5, 2400)
+        fake_run(run.folder, dump_recipe(run.recipe), 0.5 + 0.1 * (run.recipe.stop.window == 5), 2400)
     code, out, _ = compare("--config", str(file), "--report")
     text = (comparison.report_folder / "REPORT.md").read_text()
     assert code == 0 and text in out and f"compare.py --config {file}`" in text
     rows = text[text.index("## stop.window of kat") :].partition("## What")[0].splitlines()
     names = [row.split("|")[1].strip() for row in rows if row.startswith("| kat")]
     assert names == ["kat", "kat.window-3", "kat.window-5"]
+    assert "avg@2 minus that of kat" in text
+    assert [row.split("|")[-2].strip() for row in rows if row.startswith("| kat")] == [
+        "",
+        "+0.000 ± 0.000",
+        "+0.100 ± 0.000",
+    ]
     # All is done: the same command runs nothing, and ends well.
     assert compare("--config", str(file))[0] == 0
 

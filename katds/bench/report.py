@@ -108,7 +108,7 @@ def machine() -> dict[str, Any]:
     # Of the ranks, not of this process, which only starts them (`katds.bench.ranks`, `katds.compare.running`).
     threads = int(os.environ.get("OMP_NUM_THREADS", "1"))
     facts: dict[str, Any] = {
-        "processor": _processor(), "cores": len(os.sched_getaffinity(0)), "system": platform.platform(),
+        "processor": processor(), "cores": len(os.sched_getaffinity(0)), "system": platform.platform(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "threads_per_rank": threads,
     }  # fmt: skip
@@ -131,7 +131,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _processor() -> str:
+def processor() -> str:
     """Name, family and model: of a virtual machine the name alone says little."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = (line.partition(":") for line in (cpuinfo.read_text().splitlines() if cpuinfo.exists() else ()))

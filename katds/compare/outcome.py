@@ -149,10 +149,10 @@ def _doubts(runs: Sequence[Run], summaries: dict[str, dict[str, Any]], machines:
 
 def _mixed_makers(done: Sequence[tuple[Run, list[Maker]]]) -> Iterator[str]:
     """What differs between the runs, or within one that was gone on with, and which runs it is."""
-    for what in ("commit", "ranks"):
+    for what in ("commit", "ranks", "processor"):
         names: dict[str, list[str]] = {}
         for run, found in done:
-            for value in dict.fromkeys(str(getattr(maker, what)) for maker in found):
+            for value in filter(None, dict.fromkeys(str(getattr(maker, what)) for maker in found)):
                 names.setdefault(value, []).append(run.name)
         if len(names) > 1:
             each = "; ".join(f"{value}: {', '.join(runs)}" for value, runs in names.items())

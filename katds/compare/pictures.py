@@ -21,7 +21,9 @@ def draw(outcomes: Outcomes, accuracy: str, folder: Path) -> list[Path]:
     import matplotlib.pyplot as plt
 
     folder.mkdir(parents=True, exist_ok=True)
-    cells = list(outcomes.cells.values())
+    cells = [
+        outcome for outcome in outcomes.cells.values() if outcome.cell.swept is None
+    ]  # those of sweeps have tables
     made = []
     for name, content, paint in (
         ("accuracy", [cell for cell in cells if cell.interval("average")], _accuracy),

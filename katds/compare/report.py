@@ -131,15 +131,20 @@ def verdicts(reference: Outcome, others: Sequence[Outcome], words: dict[str, str
 
 
 def _sweeps(outcomes: Outcomes, words: dict[str, str]) -> Iterator[str]:
-    """A table for each setting: the cell as it is, and its variants."""
+    """A table for each setting: the cell as it is, and its variants, compared with it seed by seed."""
     groups: dict[tuple[str, str], list[Outcome]] = {}
     for outcome in outcomes.cells.values():
         if outcome.cell.swept is not None:
             groups.setdefault((outcome.cell.against, outcome.cell.swept[0]), []).append(outcome)
     for (name, setting), variants in groups.items():
         base = [outcomes.cells[name]] if name in outcomes.cells else []
+        rows = _rows([*base, *variants], (*FIGURES, DRIFT[-1]), words)
+        if base:
+            column = f"{FIGURES[0].title.format(**words)} minus that of {name}"
+            for row, variant in zip(rows[1:], variants, strict=True):
+                row[column] = shown(variant.minus(base[0], "average"), "score", sign="+")
         yield f"## {setting} of {name}"
-        yield _table(_rows([*base, *variants], (*FIGURES, DRIFT[-1]), words))
+        yield _table(rows)
 
 
 def _drift(outcomes: Outcomes, words: dict[str, str]) -> Iterator[str]:

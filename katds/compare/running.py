@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from katds.bench.report import commit
+from katds.bench.report import commit, processor
 from katds.cli import dump_recipe
 from katds.compare.cells import Run
 from katds.errors import ConfigError
@@ -46,7 +46,7 @@ def make_runs(runs: Sequence[Run], launch: Launch, ranks: int, say: Say) -> dict
         recipe = _prepare(run, say, label)
         if (run.folder / "checkpoints").exists() and not makers(run):
             record_maker(run, Maker("unknown", ranks))  # who began it
-        record_maker(run, Maker(commit(), ranks))
+        record_maker(run, Maker(commit(), ranks, processor()))
         code = launch(recipe, _made(log))
         if code == 0 and run.is_done:
             say(f"{label}: {_found(run)}, after {time.monotonic() - start:.0f} s")
@@ -79,6 +79,7 @@ class Maker(NamedTuple):
 
     commit: str
     ranks: int
+    processor: str = ""  # as `katds.bench.report.processor` names it; of runs from before this was recorded, nothing
 
 
 def record_maker(run: Run, maker: Maker) -> None:
