@@ -349,6 +349,30 @@ def test_ssh_starts_every_host(place: Path) -> None:
     assert process.wait(60) == 0
 
 
+def test_ssh_passes_variables_on(place: Path) -> None:
+    (place / "bin/my-ssh").write_text('#!/bin/bash\nexec env -i PATH="$PATH" bash -c "$2"\n')
+    (place / "rank.py").write_text(
+        f"import json, os\njson.dump(dict(os.environ), open(f'{place}/rank-' + os.environ['RANK'], 'w'))\n"
+    )
+    given = {
+        "NCCL_SOCKET_IFNAME": "eth0",
+        "GLOO_SOCKET_IFNAME": "e 'x'",
+        "OMP_NUM_THREADS": "3",
+        "MY_OWN": "a $b",
+        "OTHER": "x",
+    }
+    assert ssh(place, EXPORT="MY_OWN", **given).wait(60) == 0
+    for own in range(4):
+        seen = json.loads((place / f"rank-{own}").read_text())
+        assert {name: seen.get(name) for name in given} == given | {"OTHER": None}
+    for name, why in (
+        ("NOT_SET", "EXPORT names NOT_SET, which is not set"),
+        ("A,B", "EXPORT has 'A,B', which is no name"),
+    ):
+        process = ssh(place, EXPORT=name)
+        assert process.wait(60) == 2 and process.stderr is not None and why in process.stderr.read()
+
+
 @pytest.mark.parametrize("end", ["TERM", "lost"])
 def test_ssh_leaves_nothing_behind(place: Path, end: str) -> None:
     process = ssh(place)
@@ -400,7 +424,7 @@ def test_hostfiles_that_cannot_be(place: Path, text: str | None, piece: str) -> 
     assert process.wait(60) == 2 and process.stderr is not None and piece in process.stderr.read()
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("script", [*SCRIPTS, ROOT / "docker/katds"], ids=lambda path: path.name)
 def test_variables_are_documented(script: Path) -> None:
     text = script.read_text()
     head = "\n".join(line for line in text.splitlines() if line.startswith("#"))

@@ -40,9 +40,9 @@ def test_build_arguments_are_documented(path: Path) -> None:
     arguments = {rest.partition("=")[0]: rest.partition("=")[2] for name, rest in instructions(path) if name == "ARG"}
     assert {"BASE"} < arguments.keys()
     for name, default in arguments.items():
-        assert re.search(rf"^#   {name} \(", head, re.MULTILINE), f"{name} is not documented"
-        if "://" not in default:
-            assert default.strip('"') in head, f"the default of {name} is not documented"
+        said = re.search(rf"^#   {name} \((.*?)\)", head, re.MULTILINE)
+        assert said, f"{name} is not documented"
+        assert "://" in default or said[1] == default.strip('"'), f"the default of {name} is {default}, not {said[1]}"
 
 
 @each_file
@@ -87,26 +87,29 @@ def test_every_program_of_launch_is_one_of_the_image() -> None:
     assert f"katds {named} ..." in text, "it is not explained"
 
 
-@pytest.mark.parametrize(("listed", "healthy"), [("GPU 0: NVIDIA H200\n", True), ("", False)], ids=["GPUs", "none"])
-def test_health_counts_on_gpus(tmp_path: Path, listed: str, healthy: bool) -> None:
-    """As the GPU image asks, of a machine whose GPUs are listed one after the other."""
+@pytest.mark.parametrize("gpus", [0, 1, 4])
+def test_health_counts_on_gpus(tmp_path: Path, gpus: int) -> None:
+    """As the GPU image asks, of a machine whose GPUs are listed one after the other; the demo's two ranks have one each."""
     place = tmp_path / "opt"
     (place / "docker").mkdir(parents=True)
     shutil.copy(ROOT / "docker/katds", place / "docker")
     (place / ".venv/bin").mkdir(parents=True)
     (place / ".venv/bin/python").symlink_to("/bin/true")
     lister = tmp_path / "nvidia-smi"
-    lister.write_text(f"#!/bin/bash\nfor i in 1 2 3 4; do printf '{listed}' || exit 1; sleep 0.05; done\n")
+    lister.write_text(
+        f'#!/bin/bash\nfor ((i = 0; i < {gpus}; i++)); do echo "GPU $i: NVIDIA H200" || exit 1; sleep 0.05; done\n'
+    )
     lister.chmod(0o755)
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "KATDS_NEEDS_GPU": "1"}
     node = place / "launch/cluster/node.sh"
     node.parent.mkdir(parents=True)
-    node.write_text("#!/bin/sh\n")
+    node.write_text('#!/bin/sh\necho "${RANKS_PER_NODE:-all} ranks"\n')
     node.chmod(0o755)
-    for program in ("health", "train", "evaluate", "demo"):
+    ranks = {"health": "", "train": "all ranks\n", "evaluate": "all ranks\n", "demo": f"{min(gpus, 2)} ranks\n"}
+    for program, started in ranks.items():
         done = subprocess.run([place / "docker/katds", program], capture_output=True, text=True, env=environment)
-        assert (done.returncode == 0) == healthy, done.stderr
-        assert healthy or "there is no GPU" in done.stderr
+        assert (done.returncode == 0) == (gpus > 0), done.stderr
+        assert done.stdout == started if gpus else "there is no GPU" in done.stderr
 
 
 ROOT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"

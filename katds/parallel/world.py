@@ -175,16 +175,20 @@ def seed_everything(seed: int) -> None:
 
 
 def _pick_device() -> torch.device:
-    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
-        return device
-    # More than one thread per rank oversubscribes the cores that the launcher has already filled with ranks.
+    # More threads oversubscribe the cores among which the launcher has already divided ranks; an offloaded optimizer has some as well.
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(
-            max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"))))
+            max(
+                1,
+                len(os.sched_getaffinity(0))
+                // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"))),
+            )
         )
-    return torch.device("cpu")
+    if not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu":
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
 
 
 def _default_environment() -> None:

@@ -13,6 +13,7 @@
 #   MASTER_ADDR            host of node 0, as the others reach it (127.0.0.1 for a single node)
 #   MASTER_PORT (29500)    a port that is free there
 #   PYTHON                 the Python that has katds (.venv/bin/python if there is one, or python3)
+#   OMP_NUM_THREADS        threads of a rank on the CPU (the cores that it may use, divided by the node's ranks)
 #   SIGNALS_FROM_STDIN ()  not empty: names of signals are read from standard input, whose end means TERM
 #   PATIENCE_SECONDS (15)  from the first rank's failure to the end of the others; a rank that knows the cause ends some seconds after
 #                          those that only miss it

@@ -15,6 +15,8 @@
 #   MASTER_PORT (29500)         a port that is free there
 #   PROGRAM (launch/train.py)   a program other than train.py is not given --run.resume
 #   MASTER_ADDR (first host)    its name or address as the others reach it
+#   EXPORT ()                   names of variables that the ranks shall have as well, such as "HF_HUB_OFFLINE WANDB_MODE". Those that are set and
+#                               begin with NCCL_, GLOO_ or OMP_ they have anyway. ps shows the values: no secrets (~/.netrc has W&B's key)
 #   PATIENCE_SECONDS (15)       from the first host's failure to the end of the others; one that knows the cause ends some seconds after
 #   SSH (ssh -o BatchMode=yes -o ServerAliveInterval=60)   how to get there. A connection is given up after three times that, and the
 #                               other hosts' ranks are killed: not before they have found out themselves, run.lost_after_seconds, and said so
@@ -49,6 +51,13 @@ program=("$PROGRAM")
 [[ $PROGRAM == *train.py ]] && program+=(--run.resume auto)
 settings="NODES=${#hosts[@]} RANKS_PER_NODE=$slots MASTER_ADDR=${MASTER_ADDR:-${hosts[0]}} MASTER_PORT=${MASTER_PORT:-29500}"
 [[ -n ${PYTHON:-} ]] && settings+=" PYTHON=$(printf %q "$PYTHON")"
+for name in ${EXPORT:-}; do
+	[[ $name =~ ^[A-Za-z_][A-Za-z0-9_]*$ ]] || fail "EXPORT has '$name', which is no name. Separate names of variables with spaces."
+	[[ -n ${!name+set} ]] || fail "EXPORT names $name, which is not set. Set it, or leave it out."
+done
+for name in $(compgen -e | grep -E '^(NCCL|GLOO|OMP)_' || true) ${EXPORT:-}; do
+	settings+=" $name=$(printf %q "${!name}")"
+done
 words=$(printf '%q ' "${program[@]}" "$@")
 
 pipes=$(mktemp -d)
