@@ -172,6 +172,19 @@ def test_every_recipe_for_a_base_model_ends_as_its_chat_template_does() -> None:
         }
 
 
+def test_the_recipe_in_the_project_s_readme_loads(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what launch/recipes/README.md downloads."""
+    monkeypatch.chdir(place)
+    (text,) = re.findall(r"^```yaml\n(run: .*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    Path("my.yaml").write_text(text)
+    recipe = load_recipe(["--config", "my.yaml"], "launch/train.py", "Train.")
+    inputs = read_inputs(recipe)
+    assert inputs.prompts[0].answer in ("1", "2") and inputs.benchmarks[0].prompts[0].answer == "\\text{1}"
+    assert inputs.tokenizer.decode(inputs.prompts[0].token_ids).endswith("<|im_start|> assistant <think> </think>")
+    assert inputs.facts.eos_ids == tuple(sorted(inputs.tokenizer.convert_tokens_to_ids([END, CHAT_END])))
+    assert inputs.facts.warnings == ()
+
+
 def test_dapo_in_its_first_form(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     flags = {
