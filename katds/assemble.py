@@ -46,10 +46,8 @@ def assemble(
     objective = _objective(recipe, inputs)
     rollout, optimizer = recipe.rollout, recipe.train.optimizer
     rule = make_rule(recipe, inputs.steps)
-    for choice in recipe.stop.choices(_run_facts(recipe, inputs.steps)):
-        monitor.say(choice)
-    for doubt in stop_doubts(recipe, inputs.steps):
-        monitor.say(f"warning: {doubt}")
+    for line in about_rule(recipe, inputs.steps):
+        monitor.say(line)
     requests = RequestStream(
         inputs.prompts,
         rollout.prompts_per_step,
@@ -164,10 +162,10 @@ def make_rule(recipe: Recipe, steps: int) -> StopRule:
     return STOP_RULES[recipe.stop.kind].from_settings(recipe.stop, _run_facts(recipe, steps))
 
 
-def stop_doubts(recipe: Recipe, steps: int) -> list[str]:
-    """What the stop rules, all of them under first_of, will do that is hardly meant."""
-    found: list[str] = recipe.stop.doubts(_run_facts(recipe, steps))
-    return found
+def about_rule(recipe: Recipe, steps: int) -> list[str]:
+    """What the stop rules, all of them under first_of, settle by themselves, and what they will do that is hardly meant."""
+    facts = _run_facts(recipe, steps)
+    return [*recipe.stop.choices(facts), *(f"warning: {doubt}" for doubt in recipe.stop.doubts(facts))]
 
 
 def _run_facts(recipe: Recipe, steps: int) -> RunFacts:

@@ -21,6 +21,7 @@ from zoo import deepspeed_json
 
 from katds import evaluate as evaluation
 from katds import run
+from katds.assemble import about_rule
 from katds.cli import load_recipe, read_recipe
 from katds.config import Recipe
 from katds.inputs import Inputs, read_inputs
@@ -159,6 +160,15 @@ def test_a_recipe_loads_as_it_is(place: Path, monkeypatch: pytest.MonkeyPatch, n
     # A base model ends otherwise than the chat model that teaches it: the recipe names the template's own end.
     assert inputs.facts.eos_ids == tuple(sorted(inputs.tokenizer.convert_tokens_to_ids([END, CHAT_END])))
     assert inputs.facts.warnings == ()
+
+
+def test_the_demo_s_rule_says_what_it_does() -> None:
+    """ "completed" is a cell of the comparison because `auto` is that here."""
+    recipe = load_recipe(["--config", str(ROOT / "launch/recipes/demo.yaml")], "launch/train.py", "Train.")
+    (choice,) = about_rule(recipe, 45)
+    assert choice.startswith("stop.threshold.source auto is completed in this run")
+    choice, doubt = about_rule(recipe, 1)
+    assert choice and doubt.startswith("warning: stop.kind kat will end no rollout")
 
 
 def test_every_recipe_for_a_base_model_ends_as_its_chat_template_does() -> None:
